@@ -1,0 +1,363 @@
+"""The update: refresh masks when due, keep the inner optimizer's state clean, keep parameters masked.
+
+Everything here works on flat lists, one item a leaf of the parameters; leaves that are not sparsified have a plan
+without a structure and a MaskedNode for a mask, and pass untouched.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import _plan
+from jaxsparse import _state
+from jaxsparse import _tree
+from jaxsparse import masks as masks_lib
+from jaxsparse import scorers
+from jaxsparse import selection
+
+
+class Leaf(NamedTuple):
+  """One sparsified leaf during an update, with all that scorers may ask for."""
+
+  index: int
+  plan: _plan.LeafPlan
+  param: jax.Array
+  grad: jax.Array | None
+  key: jax.Array
+  extra: dict[str, jax.Array]
+  drop_state: Any
+  grow_state: Any
+
+  @property
+  def inputs(self) -> scorers.LeafInputs:
+    return scorers.LeafInputs(self.param, self.grad, self.key, self.extra)
+
+
+def init(updater: Any, inner: optax.GradientTransformation, params: Any, key: jax.Array, tag: str | None) -> _state.SparsityState:
+  """The state before the first update."""
+  leaves = _tree.flatten(params)
+  plans = _plan.make_plan(updater, leaves)
+  count = jnp.zeros((), jnp.int32)
+  data = key_data(key)
+  masks = _initial_masks(updater, leaves, plans, data, count)
+  return _state.SparsityState(
+      count=count,
+      key=data,
+      masks=leaves.treedef.unflatten(masks),
+      drop_state=_scorer_states(updater.drop, leaves, plans) if updater.schedule.refreshes else (),
+      grow_state=_scorer_states(updater.grow, leaves, plans) if updater.schedule.refreshes else (),
+      forward_state=(),
+      inner_state=inner.init(params),
+      tag=_state.Tag(tag),
+  )
+
+
+def update(updater: Any, inner: optax.GradientTransformationExtraArgs, zero_map: "ZeroMap", grads: Any,
+           state: _state.SparsityState, params: Any, scorer_grads: Any, extra: dict[str, Any]):
+  """One update of the wrapped optimizer: `(updates, state)`.
+
+  Args:
+    updater: the configuration.
+    inner: the wrapped optimizer.
+    zero_map: tells whether the inner optimizer keeps zeros at zero.
+    grads: what the inner optimizer gets, before masking.
+    state: from `init` or the last update.
+    params: the stored parameters.
+    scorer_grads: gradients for the scorers, None where there are none.
+    extra: keyword arguments of `tx.update`.
+  """
+  if params is None:
+    raise ValueError("tx.update(grads, opt_state, params) needs the parameters: masks are applied to them.")
+  leaves = _tree.flatten(params)
+  nodes = [_state.require_set(node) for node in _tree.match(leaves, state.masks, "the masks in the optimizer state")]
+  plans = _plan.make_plan(updater, leaves)
+  _check_selection(leaves, plans, nodes)
+  masks = [masks_lib.unpack(node) for node in nodes]
+  step = _hard_update if updater.forward.storage == "hard" else _dense_update
+  due = updater.schedule.due(state.count)
+  sparse = _sparse_leaves(updater, leaves, plans, state, scorer_grads, extra) if updater.schedule.refreshes else []
+  sparse = [leaf._replace(drop_state=updater.drop.accumulate(leaf.drop_state, leaf.inputs),
+                          grow_state=updater.grow.accumulate(leaf.grow_state, leaf.inputs) if updater.grow else ())
+            for leaf in sparse]
+  updates, nodes, inner_state = step(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra)
+  mask_structure = jax.tree.structure(state.masks, is_leaf=_tree.is_mask_leaf)
+  return updates, state._replace(
+      count=optax.safe_increment(state.count),
+      masks=mask_structure.unflatten(nodes),
+      drop_state=_put_states(leaves, sparse, [leaf.drop_state for leaf in sparse]),
+      grow_state=_put_states(leaves, sparse, [leaf.grow_state for leaf in sparse]),
+      inner_state=inner_state,
+  )
+
+
+def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra):
+  """Refresh, clean the inner state, mask the gradient, step, project: parameters are masked after every update."""
+  nodes = _refresh_if(updater, due, sparse, masks, nodes, state.count)
+  masks = [masks_lib.unpack(node) for node in nodes]
+  mask_tree = leaves.treedef.unflatten(masks)
+  inner_state = _clean(inner, state.inner_state, mask_tree)
+  masked_grads = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
+  masked_params = leaves.treedef.unflatten([_where(m, p) for m, p in zip(masks, leaves.values)])
+  updates, new_inner = inner.update(masked_grads, inner_state, masked_params, **extra)
+  if updater.skip_step_when_due and sparse:
+    updates = jax.tree.map(lambda u: jnp.where(due, jnp.zeros_like(u), u), updates)
+    new_inner = jax.tree.map(lambda new, old: jnp.where(due, old, new), new_inner, inner_state)
+  if not zero_map.keeps_zeros(inner, leaves):
+    new_inner = _clean(inner, new_inner, mask_tree)
+  return _map_grads(leaves, updates, masks, _project), nodes, new_inner
+
+
+def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra):
+  """Gradient hook, step, then refresh on the new parameters, so that masks fit the weights that are stored."""
+  del zero_map
+  hooked = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
+  updates, new_inner = inner.update(hooked, state.inner_state, leaves.treedef.unflatten(leaves.values), **extra)
+  flat = jax.tree.leaves(updates, is_leaf=_tree.is_masked_node)
+  moved = [leaf._replace(param=optax.apply_updates(leaf.param, flat[leaf.index])) for leaf in sparse]
+  return updates, _refresh_if(updater, due, moved, masks, nodes, state.count), new_inner
+
+
+def _refresh_if(updater, due, sparse, masks, nodes, count):
+  """The mask nodes after this update: chosen anew under one `lax.cond` when due, else as they are."""
+  if not sparse:
+    return nodes
+  old = [nodes[leaf.index] for leaf in sparse]
+
+  def refresh():
+    new = choose(updater, sparse, [masks[leaf.index] for leaf in sparse], updater.schedule.progress(count),
+                 updater.schedule.elapsed(count))
+    return [masks_lib.pack(m) if updater.pack_masks else m for m in new]
+
+  new = jax.lax.cond(due, refresh, lambda: old)
+  nodes = list(nodes)
+  for leaf, node in zip(sparse, new):
+    nodes[leaf.index] = node
+  return nodes
+
+
+def choose(updater, sparse, masks, progress, elapsed):
+  """Masks of the sparsified leaves at a given progress of the schedule.
+
+  Methods that grow drop a share of what is kept and grow as much back. Others rank all entries (dense storage), or
+  only what is still kept (hard storage: a removed weight has no value to be judged by).
+  """
+  views = [leaf.plan.structure for leaf in sparse]
+  drop = [view.to_units(updater.drop.score(leaf.drop_state, leaf.inputs)) for view, leaf in zip(views, sparse)]
+  kept = None if masks is None else [view.mask_to_units(mask) for view, mask in zip(views, masks)]
+  if updater.grow is not None and masks is not None:
+    grow = [view.to_units(updater.grow.score(leaf.grow_state, leaf.inputs._replace(key=jax.random.fold_in(leaf.key, 1))))
+            for view, leaf in zip(views, sparse)]
+    fraction = updater.drop_fraction.value(elapsed)
+    units = [_drop_and_grow(leaf, *args, progress, fraction) for leaf, *args in zip(sparse, kept, drop, grow)]
+  else:
+    among = kept if updater.forward.storage == "hard" else None
+    units = _prune(updater, sparse, drop, among, progress)
+  return [view.from_units(u, leaf.plan.shape) for view, u, leaf in zip(views, units, sparse)]
+
+
+def select(updater, sparse, scores, masks, progress):
+  """Masks from scores of entries: the best among what `masks` keeps, with the counts of this progress."""
+  views = [leaf.plan.structure for leaf in sparse]
+  units = _prune(updater, sparse, [v.to_units(s) for v, s in zip(views, scores)],
+                 [v.mask_to_units(m) for v, m in zip(views, masks)], progress)
+  return [v.from_units(u, leaf.plan.shape) for v, u, leaf in zip(views, units, sparse)]
+
+
+def _prune(updater, sparse, scores, among, progress):
+  """Unit masks with the counts of this progress, best scores first; units outside `among` come last."""
+  among = among or [None] * len(scores)
+  keeps = [None if leaf.plan.final_keep is None else keep_at(leaf.plan, progress) for leaf in sparse]
+  joint = [i for i, keep in enumerate(keeps) if keep is None]
+  if joint:
+    shapes = [sparse[i].plan.leaf_shape for i in joint]
+    size = sum(shape.size for shape in shapes)
+    first, last = (selection.keep_count(size, s) for s in (updater.initial_sparsity, updater.sparsity))
+    total = _interpolate(size - first, size - last, size, progress)
+    ranked = [scores[i] if among[i] is None else jnp.where(among[i], scores[i], -jnp.inf) for i in joint]
+    for i, keep in zip(joint, updater.distribution.allocate(ranked, shapes, total)):
+      keeps[i] = keep
+  return [selection.topk_mask(s, keep, leaf.plan.structure.unit_axes(leaf.plan.shape), where=a)
+          for s, a, keep, leaf in zip(scores, among, keeps, sparse)]
+
+
+def _drop_and_grow(leaf, mask, drop, grow, progress, fraction):
+  """Replaces a share of the kept units, rounded up so that small leaves move too."""
+  plan, axes = leaf.plan, leaf.plan.structure.unit_axes(leaf.plan.shape)
+  keep = keep_at(plan, progress)
+  if plan.structure.swaps_within_groups:
+    total = _ceil(fraction * (keep * plan.leaf_shape.groups).astype(jnp.float32))
+    dropped = selection.swap_counts(mask, drop, grow, total, axes)
+  else:
+    dropped = _ceil(fraction * keep.astype(jnp.float32))
+  return selection.drop_and_grow(mask, drop, grow, keep - dropped, keep, axes)
+
+
+def keep_at(plan: _plan.LeafPlan, progress: jax.Array) -> jax.Array:
+  """shape=(), int32: units kept per group at this progress; exactly `final_keep` at 1."""
+  units = plan.leaf_shape.units
+  return _interpolate(units - plan.initial_keep, units - plan.final_keep, units, progress)
+
+
+def _interpolate(first: int, last: int, size: int, progress) -> jax.Array:
+  # Counts between the ends carry float32 rounding (exact below 2**24); both ends are exact integers.
+  between = first + jnp.floor((last - first) * progress).astype(jnp.int32)
+  return size - jnp.where(progress >= 1, last, jnp.where(progress <= 0, first, between)).astype(jnp.int32)
+
+
+def _ceil(x: jax.Array) -> jax.Array:
+  # 0.3 * 10 is a little above 3 in float32; the slack keeps whole products whole.
+  return jnp.ceil(x * (1 - 1e-6)).astype(jnp.int32)
+
+
+def _project(u, p, m):
+  """The update that lands exactly on zero where the mask is off: `p + -p` in the wider of the two dtypes."""
+  dtype = jnp.promote_types(p.dtype, u.dtype)
+  return jnp.where(m, u.astype(dtype), -p.astype(dtype))
+
+
+def _where(mask, value):
+  return value if _tree.is_masked_node(mask) else jnp.where(mask, value, jnp.zeros((), value.dtype))
+
+
+def _clean(inner, inner_state, mask_tree):
+  """Zeroes every parameter-shaped leaf of the inner state where the mask is off."""
+
+  def zero(leaf, mask):
+    same = not _tree.is_masked_node(leaf) and not _tree.is_masked_node(mask) and jnp.shape(leaf) == mask.shape
+    return _where(mask, leaf) if same else leaf
+
+  return optax.tree.map_params(inner, zero, inner_state, mask_tree, is_leaf=_tree.is_masked_node)
+
+
+def _map_grads(leaves, grads, masks, fn):
+  """fn(gradient, parameter, mask) on sparsified leaves of a tree like the parameters."""
+  values = _tree.match(leaves, grads, "the gradients")
+  structure = jax.tree.structure(grads, is_leaf=_tree.is_mask_leaf)
+  return structure.unflatten([g if _tree.is_masked_node(m) else fn(g, p, m) for g, p, m in zip(values, leaves.values, masks)])
+
+
+def _sparse_leaves(updater, leaves, plans, state, grads, extra) -> list[Leaf]:
+  """The sparsified leaves with all that scorers may ask for."""
+  used = [s for s in (updater.drop, updater.grow) if s is not None]
+  if grads is None and any(s.uses_gradient for s in used):
+    name = next(type(s).__name__ for s in used if s.uses_gradient)
+    raise ValueError(f"{name} scores by gradients: pass them as tx.update(updates, state, params, grads=grads), or use wrap_optax.")
+  grad_values = None if grads is None else _tree.match(leaves, grads, "the gradients")
+  needed = {name: _find_extra(name, leaves, state.inner_state, extra) for s in used for name in s.needs}
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.count)
+  drop_states, grow_states = (_get_states(leaves, s) for s in (state.drop_state, state.grow_state))
+  return [
+      Leaf(i, plan, leaves.values[i], None if grad_values is None else grad_values[i], jax.random.fold_in(key, i),
+            {name: values[i] for name, values in needed.items()}, drop_states[i], grow_states[i])
+      for i, plan in enumerate(plans) if plan.structure is not None
+  ]
+
+
+def _find_extra(name: str, leaves, inner_state, extra) -> list[Any]:
+  """An input that a scorer declares: a keyword of tx.update, or a part of the inner optimizer's state."""
+  tree = extra[name] if name in extra else optax.tree.get(inner_state, name, None)
+  if tree is None:
+    raise ValueError(
+        f"A scorer needs {name!r}: pass tx.update(..., {name}=tree like the parameters), or wrap an optimizer whose "
+        f"state has it (Adam's has 'mu' and 'nu').")
+  return _tree.match(leaves, tree, repr(name))
+
+
+def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
+  """Masks before the first update, in the storage they are kept in."""
+  nodes = [optax.MaskedNode()] * len(plans)
+  sparse = [i for i, plan in enumerate(plans) if plan.structure is not None]
+  if isinstance(updater.drop, scorers.AbstractModelScorer):
+    for i in sparse:
+      nodes[i] = masks_lib.UnsetMask(plans[i].shape, repr(updater))
+    return nodes
+  if updater.init is None and updater.forward.storage == "hard":
+    new = [jnp.ones(plans[i].shape, bool) for i in sparse]
+  else:
+    scorer = updater.init or updater.drop
+    key = jax.random.wrap_key_data(data, impl="threefry2x32")
+    first = [Leaf(i, plans[i], leaves.values[i], None, jax.random.fold_in(key, i), {}, scorer.init(leaves.values[i]), ())
+             for i in sparse]
+    progress = updater.schedule.progress(count) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
+    scores = [leaf.plan.structure.to_units(scorer.score(leaf.drop_state, leaf.inputs)) for leaf in first]
+    units = _prune(updater, first, scores, None, progress)
+    new = [leaf.plan.structure.from_units(u, leaf.plan.shape) for leaf, u in zip(first, units)]
+  for i, mask in zip(sparse, new):
+    nodes[i] = masks_lib.pack(mask) if updater.pack_masks else mask
+  return nodes
+
+
+def _scorer_states(scorer, leaves, plans):
+  if scorer is None:
+    return ()
+  states = [optax.MaskedNode() if plan.structure is None else scorer.init(value) for plan, value in zip(plans, leaves.values)]
+  stateless = all(_tree.is_masked_node(s) or (isinstance(s, tuple) and not s) for s in states)
+  return () if stateless else leaves.treedef.unflatten(states)
+
+
+def _get_states(leaves, tree) -> list[Any]:
+  return [()] * len(leaves.values) if isinstance(tree, tuple) and not tree else _tree.match(leaves, tree, "the scorer's state")
+
+
+def _put_states(leaves, sparse, states):
+  if all(isinstance(s, tuple) and not s for s in states):
+    return ()
+  full = [optax.MaskedNode()] * len(leaves.values)
+  for leaf, state in zip(sparse, states):
+    full[leaf.index] = state
+  return leaves.treedef.unflatten(full)
+
+
+def _check_selection(leaves, plans, nodes) -> None:
+  for label, plan, node in zip(leaves.labels, plans, nodes, strict=True):
+    if (plan.structure is None) != _tree.is_masked_node(node):
+      have, want = ("a mask", "dense") if plan.structure is None else ("no mask", "sparse")
+      raise ValueError(
+          f"{label} has {have} in the optimizer state, but this updater keeps it {want}: the state was made by another "
+          "configuration. Start from tx.init(params), or carry the masks over with set_masks.")
+
+
+def key_data(key: jax.Array | int) -> jax.Array:
+  """An integer seed, a typed key of any kind or an old-style uint32 key -> uint32[2] of a threefry key."""
+  if isinstance(key, int):
+    return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    data = jax.random.key_data(key)
+    return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
+  if key.shape == (2,) and key.dtype == jnp.uint32:
+    return key
+  raise TypeError(f"key must be an integer, jax.random.key(...) or jax.random.PRNGKey(...), got {key.dtype}{list(key.shape)}.")
+
+
+class ZeroMap:
+  """Remembers whether an optimizer maps zero gradients, parameters and state to zero state.
+
+  Nearly all do, and cleaning their state before the step is then enough to keep it zero off-mask. The others (Adafactor
+  adds its epsilon to the second moment) are cleaned after the step too, at the price that XLA on a CPU can no longer
+  update the moments in place. Tried out once per tree of parameters, on two entries along each dimension.
+  """
+
+  def __init__(self):
+    self._known: dict[Any, bool] = {}
+
+  def keeps_zeros(self, inner, leaves: _tree.Leaves) -> bool:
+    if leaves.treedef not in self._known:
+      self._known[leaves.treedef] = _try_zeros(inner, leaves)
+    return self._known[leaves.treedef]
+
+
+def _try_zeros(inner, leaves) -> bool:
+  tiny = [v if _tree.is_masked_node(v) else jnp.zeros((2,) * v.ndim, v.dtype) for v in leaves.values]
+  with jax.ensure_compile_time_eval():
+    params = leaves.treedef.unflatten(tiny)
+    try:
+      state = optax.tree.map_params(inner, jnp.zeros_like, inner.init(params))
+      state = inner.update(params, state, params)[1]
+      found: list[bool] = []
+      optax.tree.map_params(inner, lambda leaf: found.append(bool(jnp.all(leaf == 0))), state)
+    except (TypeError, ValueError, jax.errors.JAXTypeError):
+      # The optimizer wants keyword arguments, or its hyperparameters are traced: nothing is known, so clean twice.
+      return False
+  return all(found)

@@ -1,0 +1,240 @@
+"""The search for the key of the k-th highest score, by counting passes over the scores.
+
+A leaf is often hundreds of MB and sharded, so everything here works on its natural shape with plain reductions. Scores
+are compared as order-preserving integer keys computed on the fly inside each pass: integers give -0.0 == +0.0, one
+lowest rank for every NaN, and exact order of subnormals, which float compares flush to zero on CPU. A search then
+narrows an interval of keys by counting, per pass, how many keys reach each of `_PIVOTS` pivots.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+_PIVOTS = 6              # counts per pass; one read of the scores serves all
+SAMPLE = 1 << 16        # largest sample per group
+_SAMPLE_ALL = 1 << 20    # largest sample over all groups
+_SAMPLE_MIN = 16         # smaller samples do not repay their sort
+_RUNGS = 128             # sample order statistics kept as candidate pivots
+_WINDOW = 5.0            # half width of the rung window, in sampling sigmas
+_JOINT_REDUCE = True     # one variadic reduce per pass, else one sum per pivot
+
+
+def key_range(dtype):
+  """Lowest and highest key of a dtype; floats: NaN is lowest, +inf highest."""
+  dtype = jnp.dtype(dtype)
+  if dtype == bool:
+    return 0, 1
+  if jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize <= 4:
+    if dtype == jnp.uint32:
+      return -2**31, 2**31 - 1
+    return int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+  inf = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}.get(dtype.name)
+  if inf is None:
+    raise TypeError(f"scores of dtype {dtype} are not supported")
+  return -inf - 1, inf
+
+
+def sortable_key(x, where=None):
+  """int32 keys in the order of x; entries not in `where` go below all others."""
+  lowest, highest = key_range(x.dtype)
+  if x.dtype == jnp.uint32:
+    key = lax.bitcast_convert_type(x ^ jnp.uint32(2**31), jnp.int32)
+  elif not jnp.issubdtype(x.dtype, jnp.floating):
+    key = x.astype(jnp.int32)
+  else:
+    wide = x.dtype.itemsize == 4
+    bits = lax.bitcast_convert_type(x, jnp.int32 if wide else jnp.int16).astype(jnp.int32)
+    # Sign and magnitude to two's complement: both zeros land on 0.
+    size = bits & (0x7FFFFFFF if wide else 0x7FFF)
+    key = jnp.where(size > highest, lowest, jnp.where(bits < 0, -size, size))
+  return key if where is None else jnp.where(where, key, lowest - 1)
+
+
+def sum_together(terms, axes):
+  """int32 sums of bool arrays over `axes`, dims kept, in one pass.
+
+  XLA on CPU neither fuses sibling sums nor vectorises a lone sum over a
+  trailing axis; a variadic reduce it does (two operands or more).
+  """
+  axes = tuple(axes)
+  terms = [t.astype(jnp.int32) for t in terms]
+  if _JOINT_REDUCE:
+    ops = tuple(terms if len(terms) > 1 else terms + [1 - terms[0]])
+    sums = lax.reduce(ops, (jnp.int32(0),) * len(ops),
+             lambda a, b: tuple(u + v for u, v in zip(a, b)), axes)
+  else:
+    sums = [jnp.sum(t, axes) for t in terms]
+  return [lax.expand_dims(s, axes) for s in sums[:len(terms)]]
+
+
+def count_reaching(key, pivots, axes):
+  """[P, *group] counts over `axes` of key >= pivots[p]."""
+  return jnp.stack(sum_together([key >= p for p in pivots], axes))
+
+
+def sample(x, where, axes, size):
+  """Keys of `size` units spread over each group, [*other axes, size].
+
+  A gather, since under sharding a strided slice exchanges whole shards.  A
+  hash moves each place within its stride, out of step with any pattern.
+  """
+  stride = math.prod(x.shape[a] for a in axes) // size
+  i = lax.iota(jnp.uint32, size)
+  move = ((i * jnp.uint32(2654435761)) >> 7) % stride
+  place = (i * jnp.uint32(stride) + move).astype(jnp.int32)
+  index = [slice(None)] * x.ndim
+  for a in reversed(axes):
+    index[a], place = place % x.shape[a], place // x.shape[a]
+  # Indexing puts the sample first unless the indexed axes are neighbours.
+  front = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0
+  take = lambda y: jnp.moveaxis(
+    y.at[tuple(index)].get(mode="promise_in_bounds"), front, -1)
+  return sortable_key(take(x), None if where is None else take(where))
+
+
+def rung_positions(below, size):
+  """[_RUNGS, *group] fractional ranks around rank below * size of a sample."""
+  sigma = jnp.sqrt(size * below * (1 - below)) + 1
+  steps = jnp.linspace(-_WINDOW, _WINDOW, _RUNGS).reshape((-1,) + (1,) * below.ndim)
+  return below * size + steps * sigma
+
+
+def find_rungs(x, where, axes, units, keep):
+  """Sample keys near the wanted rank, [_RUNGS, *group] ascending, or None."""
+  size = min(SAMPLE, _SAMPLE_ALL // (x.size // units))
+  size = min(size, units // 4)
+  if size < _SAMPLE_MIN:
+    return None
+  keys = lax.sort(sample(x, where, axes, size), is_stable=False)
+  rest = keys.shape[:-1]
+  at = rung_positions((units - keep) / units, size).reshape((_RUNGS,) + rest)
+  at = jnp.clip(at, 0, size - 1).astype(jnp.int32)
+  rungs = jnp.take_along_axis(keys, jnp.moveaxis(at, 0, -1), axis=-1)
+  return jnp.moveaxis(rungs, -1, 0).reshape((_RUNGS,) + keep.shape)
+
+
+def search(count, dtype, units, keep, rungs, lowest=None, highest=None):
+  """Narrows, per group, the keys [low, last] around the keep-th highest.
+
+  count(low) >= keep > count(last + 1) throughout (for keep > 0); ends when
+  count(low) == keep or low == last, in at most some 2 * log_6(2**32) passes.
+
+  Args:
+   count: maps int32 pivots [P, *group] to counts of keys >= pivot.
+   dtype: score dtype, gives the range of keys.
+   units: int32 [*group], count at the lowest key.
+   keep: int32 [*group], in [0, units].
+   rungs: [_RUNGS, *group] keys expected near the threshold, or None.
+   lowest: lowest key, where not the dtype's.
+   highest: highest key, where not the dtype's.
+
+  Returns:
+   low, last (keys), count(low), count(last + 1), all int32 [*group].
+  """
+  if dtype is not None:
+    lowest = key_range(dtype)[0] if lowest is None else lowest
+    highest = key_range(dtype)[1]
+  open_ = lambda s: (s[2] != keep) & (s[1] > 0) & (keep > 0)
+
+  def body(state):
+    low, span, c_low, c_high, stalled, first = state
+    # Offsets from `low` are unsigned: the span of keys can need 32 bits.
+    off = jnp.where(stalled, _even_offsets(span),
+            _guess_offsets(low, span, c_low, c_high, keep))
+    if rungs is not None:
+      near, usable = _rung_offsets(low, span, c_low, c_high, keep, rungs, first)
+      off = jnp.where(usable & (first | ~stalled), near, off)
+    off = jnp.minimum(jnp.maximum(off, 1), span)
+    c = count(low + off.astype(jnp.int32))
+    up = c >= keep
+    rise = jnp.max(jnp.where(up, off, 0), 0)
+    end = jnp.min(jnp.where(up, span, off - 1), 0)
+    new_span = end - rise
+    return (low + rise.astype(jnp.int32), new_span,
+        jnp.min(jnp.where(up, c, c_low), 0), jnp.max(jnp.where(up, c_high, c), 0),
+        new_span > span // 4, jnp.bool_(False))
+
+  full = lambda v, d: jnp.full(keep.shape, v, d)
+  start = (full(lowest, jnp.int32), full(highest - lowest, jnp.uint32), units,
+      jnp.zeros_like(keep), full(dtype is not None, bool), jnp.bool_(True))
+  low, span, c_low, c_high, *_ = lax.while_loop(lambda s: jnp.any(open_(s)), body, start)
+  return low, low + span.astype(jnp.int32), c_low, c_high
+
+
+def _even_offsets(span):
+  """Offsets that split [1, span] evenly: the safeguard that bounds the search."""
+  k = jnp.arange(_PIVOTS, dtype=jnp.uint32).reshape((-1,) + (1,) * span.ndim)
+  return 1 + span // _PIVOTS * k + span % _PIVOTS * k // _PIVOTS
+
+
+def _spread(ndim):
+  """Pivot places around a guess, in deviations; the middle two bound an atom."""
+  return jnp.array([-3., -.7, 0., 0., .7, 3.]).reshape((-1,) + (1,) * ndim)
+
+
+def _guess_offsets(low, span, c_low, c_high, keep):
+  """Offsets around where the threshold lies if keys are spread evenly."""
+  inside = jnp.maximum(c_low - c_high, 1).astype(jnp.float32)
+  share = (c_low - keep) / inside
+  width = span.astype(jnp.float32)
+  # .003: for the bend of a density, which a straight line through it misses.
+  dev = width * (jnp.sqrt(share * (1 - share) / inside) + .003)
+  spread = _spread(span.ndim)
+  off = jnp.clip(width * share + spread * dev, 0, 2.0**32 - 2**9).astype(jnp.uint32)
+  # Quantised scores sit at round keys: try the roundest key near the guess.
+  bit = jnp.exp2(jnp.floor(jnp.log2(jnp.clip(dev, 1, 2.0**31)))).astype(jnp.uint32)
+  start = lax.bitcast_convert_type(low, jnp.uint32)
+  middle = jnp.arange(_PIVOTS).reshape(spread.shape)
+  round_ = ((start + off + bit // 2) & ~(bit - 1)) - start
+  off = jnp.where(((middle == 2) | (middle == 3)) & (round_ <= span), round_, off)
+  return off + (middle == 3).astype(jnp.uint32)
+
+
+def _rung_offsets(low, span, c_low, c_high, keep, rungs, first):
+  """Offsets of rungs around the threshold, and whether enough lie inside."""
+  last = low + span.astype(jnp.int32)
+  under = jnp.sum(rungs < low, 0, dtype=jnp.int32)
+  inside = jnp.sum(rungs <= last, 0, dtype=jnp.int32) - under
+  n = jnp.maximum(inside, 1).astype(jnp.float32)
+  share = (c_low - keep) / jnp.maximum(c_low - c_high, 1)
+  # At first the window is centred on the wanted rank, whatever it holds.
+  at = jnp.where(first, _RUNGS / 2, under + share * n)
+  dev = jnp.where(first, _RUNGS / (2 * _WINDOW) * 1.4, .06 * n + 1)
+  spread = _spread(span.ndim)
+  pick = jnp.clip(at + spread * dev, 0, _RUNGS - 1).astype(jnp.int32)
+  near = jnp.take_along_axis(rungs, pick, axis=0)
+  near = jnp.clip(near, low, last)
+  off = (near - low).astype(jnp.uint32)
+  upper = (jnp.arange(_PIVOTS) > 2).astype(jnp.uint32).reshape(spread.shape)
+  return jnp.minimum(off, span - upper) + upper, first | (inside >= 12)
+
+
+def tie_cut(x, where, threshold, need, axes):
+  """Row-major index over `axes` below which `need` keys equal threshold.
+
+  Axis by axis, outermost first: find the slice that holds the last tie
+  wanted, then look only inside it.
+  """
+  cut, stride = jnp.int32(0), math.prod(x.shape[a] for a in axes)
+  for i, a in enumerate(axes[:-1]):
+    stride //= x.shape[a]
+    ties = sum_together([sortable_key(x, where) == threshold], axes[i + 1:])[0]
+    below = jnp.cumsum(ties, a)
+    at = jnp.sum(below < need, a, keepdims=True, dtype=jnp.int32)
+    at = jnp.minimum(at, x.shape[a] - 1)  # groups without ties
+    need = need - jnp.sum(jnp.where(below < need, ties, 0), a, keepdims=True)
+    cut = cut + stride * at
+    x = jnp.take_along_axis(x, at, axis=a)
+    where = None if where is None else jnp.take_along_axis(where, at, axis=a)
+  a = axes[-1]
+  n = x.shape[a]
+  tie = sortable_key(x, where) == threshold
+  place = lax.broadcasted_iota(
+    jnp.int32, tuple(m if b == a else 1 for b, m in enumerate(x.shape)), a)
+  # The same search, over places from the back: exact, since no two are equal.
+  count = lambda pivots: jnp.stack(
+    sum_together([tie & (n - 1 - place >= p) for p in pivots], (a,)))
+  units = sum_together([tie], (a,))[0]
+  low = search(count, None, units, jnp.clip(need, 0, units), None, 0, n - 1)[0]
+  return cut + n - low

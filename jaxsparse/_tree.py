@@ -1,0 +1,87 @@
+"""Parameters and masks side by side: flattening, and names of leaves."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+
+class Leaves(NamedTuple):
+  """A flattened tree of parameters.
+
+  Attributes:
+    names: "mlp/kernel", what rules are matched against.
+    labels: "params['mlp']['kernel']", what errors say.
+    values: the leaves; `optax.MaskedNode()` where an outer `optax.masked` took one away.
+    treedef: structure, to put as many values back with `treedef.unflatten`.
+  """
+
+  names: list[str]
+  labels: list[str]
+  values: list[Any]
+  treedef: Any
+
+
+# Not "anything with a dtype": flax.nnx variables have one, and are containers here.
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
+def is_masked_node(x: Any) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def is_mask_leaf(x: Any) -> bool:
+  """Whether a node of a mask tree stands for one leaf of the parameters."""
+  # masks.py imports this module; its node types are told by name to keep the imports one-way.
+  return is_masked_node(x) or type(x).__name__ in ("PackedMask", "UnsetMask") or isinstance(x, _ARRAYS)
+
+
+def flatten(params: Any) -> Leaves:
+  """Flattens parameters; leaves taken away by `optax.masked` or `optax.partition` stay in place as MaskedNode."""
+  paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked_node)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+  labels = ["params" + jax.tree_util.keystr(path) for path, _ in paths]
+  return Leaves(names, labels, [value for _, value in paths], treedef)
+
+
+def mask_leaves(masks: Any) -> list[Any]:
+  """The nodes of a mask tree, one for each leaf of the parameters, in the same order."""
+  return jax.tree.leaves(masks, is_leaf=is_mask_leaf)
+
+
+def to_array(leaf: Any) -> Any:
+  """Arrays pass; anything else that NumPy can read (lists, torch tensors on the CPU) becomes a NumPy array."""
+  if isinstance(leaf, (jax.Array, np.ndarray)):
+    return leaf
+  if hasattr(leaf, "detach"):
+    leaf = leaf.detach().cpu()
+  return np.asarray(leaf)
+
+
+def match(leaves: Leaves, other: Any, what: str) -> list[Any]:
+  """The nodes of a mask tree beside the leaves of the parameters; ValueError where the trees differ."""
+  paths = jax.tree_util.tree_flatten_with_path(other, is_leaf=is_mask_leaf)[0]
+  if len(paths) != len(leaves.values):
+    have = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths}
+    want = set(leaves.names)
+    raise ValueError(
+        f"The parameters have {len(leaves.values)} leaves, {what} {len(paths)}: they are different trees. "
+        f"Only in the parameters: {_few(want - have)}; only in {what}: {_few(have - want)}.")
+  nodes = [node for _, node in paths]
+  check_shapes(leaves, nodes, what)
+  return nodes
+
+
+def check_shapes(leaves: Leaves, nodes: Sequence[Any], what: str) -> None:
+  """ValueError where a node's shape is not that of its leaf."""
+  for label, value, node in zip(leaves.labels, leaves.values, nodes, strict=True):
+    shape = getattr(node, "shape", None)
+    if shape is not None and not is_masked_node(value) and tuple(shape) != tuple(value.shape):
+      raise ValueError(f"{label} has shape {tuple(value.shape)}, but {what} {tuple(shape)}; both must come from the same model.")
+
+
+def _few(names) -> str:
+  names = sorted(names)
+  return "nothing" if not names else ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -1,0 +1,302 @@
+"""The updater: a sparsity algorithm as a value."""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import _engine
+from jaxsparse import _plan
+from jaxsparse import _state
+from jaxsparse import _tree
+from jaxsparse import distributions
+from jaxsparse import forwards
+from jaxsparse import masks as masks_lib
+from jaxsparse import rules as rules_lib
+from jaxsparse import schedules
+from jaxsparse import scorers
+from jaxsparse import structures
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Updater:
+  """A sparsity algorithm, as a frozen value: what is removed, when, by which score, and what the forward pass sees.
+
+  Use the factories in `jaxsparse.algorithms`; they fill this in as their paper says. Updaters with equal fields are
+  equal, hash alike, and print as the call that made them.
+
+  Attributes:
+    schedule: when masks are refreshed, and how far towards the final sparsity.
+    drop: ranks entries; the lowest are removed. An `AbstractModelScorer` prunes before training only.
+    sparsity: final fraction of removed weights in [0, 1) over the leaves that have no sparsity of their own. None only
+      where structures (N:M, a fixed fan-in) imply it.
+    structure: what is removed together.
+    distribution: how the sparsity is shared out over leaves.
+    rules: which leaves, with which structure or sparsity; see `Rules`.
+    forward: what the forward pass sees; decides whether the stored parameters are sparse or dense.
+    init: ranks entries for the masks before the first step (at the final sparsity); None starts dense.
+    grow: ranks removed entries for growing back; None only prunes.
+    drop_fraction: share of kept units that `grow` replaces at a refresh.
+    initial_sparsity: sparsity at the first refresh of a ramp.
+    skip_step_when_due: whether the inner optimizer pauses in an update that refreshes masks.
+    pack_masks: store masks at one bit per entry instead of one byte; results are identical.
+    on_mismatch: "error", or "skip" to leave leaves dense that the structure cannot tile (logged as a warning).
+  """
+
+  schedule: schedules.AbstractMaskSchedule
+  drop: scorers.AbstractScorer | scorers.AbstractModelScorer
+  sparsity: float | None = None
+  structure: structures.AbstractStructure = structures.Unstructured()
+  distribution: distributions.AbstractDistribution = distributions.Uniform()
+  rules: rules_lib.Rules = rules_lib.Rules()
+  forward: forwards.AbstractForward = forwards.Hard()
+  init: scorers.AbstractScorer | None = None
+  grow: scorers.AbstractScorer | None = None
+  drop_fraction: schedules.AbstractDropFraction | None = None
+  initial_sparsity: float = 0.0
+  skip_step_when_due: bool = False
+  pack_masks: bool = False
+  on_mismatch: Literal["error", "skip"] = "error"
+  call: tuple[str, tuple[tuple[str, Any], ...]] | None = dataclasses.field(default=None, compare=False)
+
+  def __post_init__(self):
+    for name, kind in _FIELD_TYPES.items():
+      value = getattr(self, name)
+      if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {_describe(kind)}, got {value!r}.")
+    if self.sparsity is not None:
+      rules_lib.check_sparsity(self.sparsity, "sparsity")
+    rules_lib.check_sparsity(self.initial_sparsity, "initial_sparsity")
+    if self.sparsity is not None and self.initial_sparsity > self.sparsity:
+      raise ValueError(f"initial_sparsity={self.initial_sparsity} must not exceed sparsity={self.sparsity}.")
+    if self.on_mismatch not in ("error", "skip"):
+      raise ValueError(f"on_mismatch must be 'error' or 'skip', got {self.on_mismatch!r}.")
+    self._check_combination()
+
+  def _check_combination(self):
+    at_init = isinstance(self.drop, scorers.AbstractModelScorer)
+    starts_sparse = self.init is not None or self.forward.storage == "dense" or at_init
+    if not self.schedule.refreshes and not starts_sparse and self.sparsity != 0:
+      raise ValueError(f"{self.schedule!r} never refreshes masks and there is no init=, so training would stay dense.")
+    if at_init and (self.schedule.refreshes or self.forward.storage != "hard"):
+      raise ValueError(f"{self.drop!r} scores a model before training: it needs schedule=Static() and forward=Hard().")
+    for name in ("init", "grow"):
+      scorer = getattr(self, name)
+      if name == "init" and scorer is not None and (scorer.uses_gradient or scorer.needs):
+        raise ValueError(f"init={scorer!r} needs gradients, and there are none before the first step; use instant_sparsify and set_masks.")
+    if (self.grow is None) != (self.drop_fraction is None):
+      raise ValueError("grow= and drop_fraction= belong together: what grows back, and how much.")
+    if self.grow is not None and (self.forward.storage != "hard" or self.distribution.joint):
+      raise ValueError("Growing methods need forward=Hard() and a distribution with counts per leaf (not Global()).")
+
+  def __repr__(self):
+    if self.call is not None:
+      name, arguments = self.call
+    else:
+      name = "Updater"
+      arguments = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "call"]
+      defaults = {f.name: f.default for f in dataclasses.fields(self)}
+      arguments = [(k, v) for k, v in arguments if v != defaults[k]]
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
+
+  # -- training ------------------------------------------------------------------------------------------------------
+
+  def wrap_optax(self, inner: optax.GradientTransformation, key: jax.Array | int = 0,
+                 tag: str | None = None) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer, so that `optax.apply_updates` keeps the parameters sparse.
+
+    `tx.update(grads, state, params, **extra)` refreshes masks when they are due, hands masked gradients to `inner`,
+    keeps `inner`'s moments zero where weights are removed (hard storage), and returns updates that land masked weights
+    exactly on zero. Nothing may change the updates after it; whole-optimizer wrappers (`MultiSteps`,
+    `apply_if_finite`, `inject_hyperparams`, `masked`, `partition`) may go around it.
+
+    Args:
+      inner: any optax optimizer. Keyword arguments of `tx.update` are passed on to it.
+      key: seed, or PRNG key, of all random choices.
+      tag: a name, where one optimizer holds several updaters over the same leaves.
+
+    Returns:
+      An optax transformation whose state is a `SparsityState`.
+
+    Raises:
+      ValueError, TypeError: from `tx.init` or while tracing `tx.update`, for a configuration that does not fit the
+        parameters; the message names the leaf.
+    """
+    inner = optax.with_extra_args_support(inner)
+    zero_map = _engine.ZeroMap()
+
+    def init_fn(params):
+      return _engine.init(self, inner, params, key, tag)
+
+    def update_fn(updates, state, params=None, **extra):
+      return _engine.update(self, inner, zero_map, updates, state, params, updates, extra)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+  def transform(self, key: jax.Array | int = 0, tag: str | None = None) -> optax.GradientTransformationExtraArgs:
+    """The chainable form: goes *last* in `optax.chain(optimizer, updater.transform())`.
+
+    It projects finished updates. It cannot clean the optimizer before it, so moments of removed weights stay (use
+    `wrap_optax` where that matters), and scorers that use gradients need `tx.update(..., grads=grads)`.
+
+    Args:
+      key: seed, or PRNG key, of all random choices.
+      tag: as in `wrap_optax`.
+    """
+    identity = optax.with_extra_args_support(optax.identity())
+    zero_map = _engine.ZeroMap()
+
+    def init_fn(params):
+      return _engine.init(self, identity, params, key, tag)
+
+    def update_fn(updates, state, params=None, *, grads=None, **extra):
+      return _engine.update(self, identity, zero_map, updates, state, params, grads, extra)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+  def forward_params(self, params: Any, opt_state: Any) -> Any:
+    """The weights that the forward pass uses; call it inside the loss.
+
+    The identity for methods with sparse storage; for the others (`magnitude_ste`, `sr_ste`, ...) masked weights with
+    the method's gradient rule.
+
+    Args:
+      params: the stored parameters.
+      opt_state: the optimizer state, as in `get_sparsity_state`.
+    """
+    state = _state.get_sparsity_state(opt_state)
+    return _map(params, state.masks, lambda p, m: self.forward.forward(p, m, state.count))
+
+  def sparse_params(self, params: Any, opt_state: Any) -> Any:
+    """Parameters with the current masks applied; for the start of training, evaluation, and parameter averages (EMA)."""
+    state = _state.get_sparsity_state(opt_state)
+    return _map(params, state.masks, lambda p, m: self.forward.project(p, m, state.count))
+
+  def export(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """The final parameters and their masks (bool, `optax.MaskedNode()` for dense leaves), whatever the storage."""
+    return self.sparse_params(params, opt_state), _state.get_masks(opt_state)
+
+  def due(self, opt_state: Any) -> jax.Array:
+    """shape=(), bool: whether the next `tx.update` refreshes the masks."""
+    return self.schedule.due(_state.get_sparsity_state(opt_state).count)
+
+  # -- without an optimizer ------------------------------------------------------------------------------------------
+
+  def instant_sparsify(self, params: Any, key: jax.Array | int = 0, *, loss_fn: Callable[[Any, Any], jax.Array] | None = None,
+                       batches: Iterable[Any] | None = None) -> tuple[Any, Any]:
+    """Prunes to the final sparsity at once.
+
+    Args:
+      params: tree of parameters.
+      key: seed, or PRNG key, for random scores.
+      loss_fn: `loss_fn(params, batch) -> scalar`, for scores that need gradients (saliency, Fisher, SNIP, ...).
+      batches: batches for `loss_fn`.
+
+    Returns:
+      `(pruned params, masks)`; masks are bool, and `optax.MaskedNode()` where a leaf stays dense.
+
+    Raises:
+      ValueError: if the score needs gradients and `loss_fn` or `batches` is missing.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxsparse import algorithms
+    >>> updater = algorithms.magnitude(sparsity=0.5, stop=1)
+    >>> pruned, masks = updater.instant_sparsify({"w": jnp.array([[1., -4.], [3., 2.]])})
+    >>> pruned["w"].tolist()
+    [[0.0, -4.0], [3.0, 0.0]]
+    """
+    whole_model = isinstance(self.drop, scorers.AbstractModelScorer)
+    if not whole_model and self.drop.needs:
+      raise ValueError(f"{self!r} scores by {self.drop!r}, which reads {self.drop.needs} of an optimizer's state; there is none in "
+                       "instant_sparsify. Fisher() gathers squared gradients by itself.")
+    if (whole_model or self.drop.uses_gradient) and (loss_fn is None or batches is None):
+      raise ValueError(
+          f"{self!r} scores weights by {type(self.drop).__name__}, which needs gradients: pass loss_fn=(params, batch) "
+          "-> loss and batches=[...] to instant_sparsify.")
+    return _instant(self, params, key, loss_fn, list(batches) if batches is not None else [])
+
+  def describe(self, params: Any) -> str:
+    """A table of what happens to each leaf: shape, structure, sparsity it ends with, and why."""
+    rows = [("leaf", "shape", "pattern", "final sparsity", "because")]
+    for plan in _plan.make_plan(self, _tree.flatten(params)):
+      if plan.structure is None:
+        rows.append((plan.name, str(plan.shape), "dense", "0", plan.reason))
+        continue
+      final = "joint" if plan.final_keep is None else f"{1 - plan.final_keep / plan.leaf_shape.units:.4f}"
+      rows.append((plan.name, str(plan.shape), repr(plan.structure), final, plan.reason))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+_FIELD_TYPES = {
+    "schedule": schedules.AbstractMaskSchedule,
+    "drop": (scorers.AbstractScorer, scorers.AbstractModelScorer),
+    "structure": structures.AbstractStructure,
+    "distribution": distributions.AbstractDistribution,
+    "rules": rules_lib.Rules,
+    "forward": forwards.AbstractForward,
+    "init": (scorers.AbstractScorer, type(None)),
+    "grow": (scorers.AbstractScorer, type(None)),
+    "drop_fraction": (schedules.AbstractDropFraction, type(None)),
+}
+
+
+def _describe(kind) -> str:
+  kinds = kind if isinstance(kind, tuple) else (kind,)
+  return " or ".join("None" if k is type(None) else f"one of jaxsparse's {k.__name__.removeprefix('Abstract')}s" for k in kinds)
+
+
+def _map(params, masks, fn):
+  """fn(parameter, mask) on sparsified leaves; the others pass."""
+  leaves = _tree.flatten(params)
+  nodes = [_state.require_set(node) for node in _tree.match(leaves, masks, "the masks in the optimizer state")]
+  return leaves.treedef.unflatten(
+      [p if _tree.is_masked_node(m) else fn(p, masks_lib.unpack(m)) for p, m in zip(leaves.values, nodes)])
+
+
+def _instant(updater, params, key, loss_fn, batches):
+  """Scores, then one selection at the final counts; several rounds for scorers that ask for them."""
+  leaves = _tree.flatten(params)
+  plans = _plan.make_plan(updater, leaves)
+  key = jax.random.wrap_key_data(_engine.key_data(key), impl="threefry2x32")
+  sparse = [_engine.Leaf(i, plan, leaves.values[i], None, jax.random.fold_in(key, i), {}, (), ())
+            for i, plan in enumerate(plans) if plan.structure is not None]
+
+  def pruned(masks):
+    values = list(leaves.values)
+    for leaf, mask in zip(sparse, masks):
+      values[leaf.index] = jnp.where(mask, leaf.param, jnp.zeros((), leaf.param.dtype))
+    return leaves.treedef.unflatten(values)
+
+  masks = [jnp.ones(leaf.plan.shape, bool) for leaf in sparse]
+  if isinstance(updater.drop, scorers.AbstractModelScorer):
+    rounds = updater.drop.rounds
+    choose = jax.jit(lambda scores, masks, progress: _engine.select(updater, sparse, scores, masks, progress))
+    for r in range(1, rounds + 1):
+      scores = _tree.flatten(updater.drop.scores(pruned(masks), loss_fn, batches)).values
+      progress = (1 - (1 - updater.sparsity) ** (r / rounds)) / updater.sparsity if r < rounds else 1.0
+      masks = choose([scores[leaf.index] for leaf in sparse], masks, jnp.float32(progress))
+  else:
+    sparse = _score_inputs(updater.drop, sparse, params, loss_fn, batches)
+    masks = jax.jit(lambda: _engine.choose(updater, sparse, None, jnp.float32(1), jnp.float32(1)))()
+  nodes = [optax.MaskedNode()] * len(plans)
+  for leaf, mask in zip(sparse, masks):
+    nodes[leaf.index] = mask
+  return pruned(masks), leaves.treedef.unflatten(nodes)
+
+
+def _score_inputs(scorer, sparse, params, loss_fn, batches):
+  """The leaves with the scorer's state over the batches, and the mean gradient, where the scorer uses gradients."""
+  sparse = [leaf._replace(drop_state=scorer.init(leaf.param)) for leaf in sparse]
+  if not scorer.uses_gradient:
+    return sparse
+  grad = jax.jit(jax.grad(loss_fn))
+  for batch in batches:
+    flat = _tree.flatten(grad(params, batch)).values
+    sparse = [leaf._replace(grad=flat[leaf.index]) for leaf in sparse]
+    sparse = [leaf._replace(drop_state=scorer.accumulate(leaf.drop_state, leaf.inputs)) for leaf in sparse]
+  mean = _tree.flatten(scorers.mean_gradient(loss_fn, params, batches)).values
+  return [leaf._replace(grad=mean[leaf.index]) for leaf in sparse]

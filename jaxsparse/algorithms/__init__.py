@@ -1,0 +1,31 @@
+"""Algorithms: one factory for each method, named after its paper. `set` and `random` are reached by `get_algorithm`."""
+
+from jaxsparse.algorithms._registry import algorithm
+from jaxsparse.algorithms._registry import all_algorithm_names
+from jaxsparse.algorithms._registry import get_algorithm
+from jaxsparse.algorithms.acdc import acdc
+from jaxsparse.algorithms.at_init import grasp
+from jaxsparse.algorithms.at_init import snip
+from jaxsparse.algorithms.at_init import synflow
+from jaxsparse.algorithms.dynamic_sparse import rigl
+from jaxsparse.algorithms.dynamic_sparse import set_
+from jaxsparse.algorithms.dynamic_sparse import snfs
+from jaxsparse.algorithms.magnitude import global_magnitude
+from jaxsparse.algorithms.magnitude import gmp
+from jaxsparse.algorithms.magnitude import iterative_nm
+from jaxsparse.algorithms.magnitude import magnitude
+from jaxsparse.algorithms.no_prune import no_prune
+from jaxsparse.algorithms.random_pruning import random_
+from jaxsparse.algorithms.random_pruning import static_sparse
+from jaxsparse.algorithms.saliency import adam_fisher
+from jaxsparse.algorithms.saliency import global_saliency
+from jaxsparse.algorithms.saliency import saliency
+from jaxsparse.algorithms.straight_through import magnitude_ste
+from jaxsparse.algorithms.straight_through import random_ste
+from jaxsparse.algorithms.straight_through import sr_ste
+
+__all__ = [
+    "acdc", "adam_fisher", "algorithm", "all_algorithm_names", "get_algorithm", "global_magnitude", "global_saliency",
+    "gmp", "grasp", "iterative_nm", "magnitude", "magnitude_ste", "no_prune", "random_", "random_ste", "rigl",
+    "saliency", "set_", "snfs", "snip", "sr_ste", "static_sparse", "synflow",
+]

@@ -1,0 +1,8 @@
+"""Forwards: what the forward pass sees of stored weights, and what the optimizer gets back."""
+
+from jaxsparse.forwards._base import AbstractForward
+from jaxsparse.forwards._hard import Hard
+from jaxsparse.forwards._straight_through import SRSTE
+from jaxsparse.forwards._straight_through import StraightThrough
+
+__all__ = ["AbstractForward", "Hard", "SRSTE", "StraightThrough"]

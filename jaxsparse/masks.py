@@ -1,0 +1,89 @@
+"""Trees of masks: their nodes, packing, and masks that come from somewhere else.
+
+A mask tree has the structure of the parameters. Its leaves are bool arrays (True = kept), `PackedMask` where eight
+entries share a byte, and `optax.MaskedNode()` where a leaf is not sparsified.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsparse import _tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMask:
+  """A mask at one bit per entry.
+
+  Bytes run along the last axis, so leading axes keep their sharding. With C columns and B = ceil(C / 8) bytes a row,
+  bit b of byte j holds column b * B + j: unpacking then reads whole contiguous rows, once per bit.
+
+  Attributes:
+    data: uint8, `[*leading, B]`.
+    shape: shape of the mask, static.
+  """
+
+  data: jax.Array
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UnsetMask:
+  """Stands for a mask that must be given with `set_masks` before training (pruning at initialisation).
+
+  Attributes:
+    shape: shape of the mask, static.
+    owner: the updater, as it prints.
+  """
+
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+  owner: str = dataclasses.field(metadata={"static": True})
+
+
+def pack(mask: jax.Array) -> PackedMask:
+  """bool `[*leading, C]` -> PackedMask."""
+  *lead, cols = mask.shape
+  width = -(-cols // 8)
+  padded = jnp.pad(mask, [(0, 0)] * len(lead) + [(0, 8 * width - cols)])
+  bits = padded.reshape(*lead, 8, width).astype(jnp.uint8)
+  weights = (jnp.uint8(1) << jnp.arange(8, dtype=jnp.uint8))[:, None]
+  return PackedMask((bits * weights).sum(-2, dtype=jnp.uint8), tuple(mask.shape))
+
+
+def unpack(mask: PackedMask | jax.Array) -> jax.Array:
+  """PackedMask -> bool `[*leading, C]`; a bool array passes."""
+  if not isinstance(mask, PackedMask):
+    return mask
+  *lead, cols = mask.shape
+  shifts = jnp.arange(8, dtype=jnp.uint8)[:, None]
+  bits = (mask.data[..., None, :] >> shifts) & jnp.uint8(1)
+  return (bits.reshape(*lead, 8 * mask.data.shape[-1])[..., :cols] != 0)
+
+
+def unpack_tree(masks: Any) -> Any:
+  """A mask tree with every PackedMask as a bool array."""
+  return jax.tree.map(lambda m: unpack(m) if isinstance(m, PackedMask) else m, masks, is_leaf=_tree.is_mask_leaf)
+
+
+def masks_from_zeros(params: Any) -> Any:
+  """Masks of a pruned model: True where a parameter is not zero.
+
+  Args:
+    params: tree of arrays: JAX, NumPy, or anything `numpy.asarray` takes (CPU torch tensors).
+
+  Returns:
+    A tree of bool arrays for leaves with two dimensions or more, `optax.MaskedNode()` for the others; to be passed to
+    `set_masks`, `Updater.export` or `summarize_sparsity`.
+  """
+
+  def mask(leaf):
+    leaf = _tree.to_array(leaf)
+    return jnp.asarray(leaf) != 0 if np.ndim(leaf) >= 2 else optax.MaskedNode()
+
+  return jax.tree.map(mask, params)

@@ -1,0 +1,108 @@
+"""What there is to report about masks: sparsity, overlap, churn, parameters, FLOPs and bytes."""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _tree
+from jaxsparse import masks as masks_lib
+
+
+def summarize_sparsity(tree: Any, only_total: bool = False) -> dict[str, jax.Array]:
+  """Sparsity of every leaf and of the whole.
+
+  Args:
+    tree: masks (from `get_masks`), or parameters. In masks, False counts; in parameters, zeros do. Count masks where you
+      can: freshly grown weights are zero and still kept.
+    only_total: leave out the leaves.
+
+  Returns:
+    "path/of/leaf" -> sparsity, and "_total_sparsity" over all leaves (dense leaves of a mask tree are not in it: pass
+    parameters to count them). Works under jit.
+
+  >>> import jax.numpy as jnp
+  >>> {k: float(v) for k, v in summarize_sparsity({"w": jnp.array([1., 0., 0., 0.])}).items()}
+  {'w': 0.75, '_total_sparsity': 0.75}
+  """
+  leaves = _mask_leaves(tree)
+  kept = {name: jnp.sum(leaf != 0, dtype=jnp.float32) for name, leaf in leaves.items()}
+  size = sum(leaf.size for leaf in leaves.values())
+  total = 1 - sum(kept.values(), jnp.float32(0)) / max(size, 1)
+  out = {} if only_total else {name: 1 - kept[name] / max(leaf.size, 1) for name, leaf in leaves.items()}
+  return out | {"_total_sparsity": total}
+
+
+def summarize_intersection(masks_a: Any, masks_b: Any, only_total: bool = False) -> dict[str, jax.Array]:
+  """Share of the entries kept in `masks_a` that are kept in `masks_b` too, for every leaf and in total.
+
+  Args:
+    masks_a, masks_b: masks or parameters of one model.
+    only_total: leave out the leaves.
+
+  Returns:
+    "path/of/leaf" -> share in [0, 1], and "_total_intersection".
+  """
+  a, b = _mask_leaves(masks_a), _mask_leaves(masks_b)
+  if a.keys() != b.keys():
+    raise ValueError(f"The trees differ: only one of them has {sorted(a.keys() ^ b.keys())[:5]}.")
+  both = {n: jnp.sum((a[n] != 0) & (b[n] != 0), dtype=jnp.float32) for n in a}
+  kept = {n: jnp.sum(a[n] != 0, dtype=jnp.float32) for n in a}
+  total = sum(both.values(), jnp.float32(0)) / jnp.maximum(sum(kept.values(), jnp.float32(0)), 1)
+  out = {} if only_total else {n: both[n] / jnp.maximum(kept[n], 1) for n in a}
+  return out | {"_total_intersection": total}
+
+
+def mask_churn(old: Any, new: Any) -> jax.Array:
+  """Sparse architecture divergence (SAD): how many mask bits differ between two mask trees; shape=(), float32."""
+  a, b = _mask_leaves(old), _mask_leaves(new)
+  return sum((jnp.sum((a[n] != 0) != (b[n] != 0), dtype=jnp.float32) for n in a), jnp.float32(0))
+
+
+def count_parameters(params: Any, masks: Any = None) -> int:
+  """Parameters that are kept: the size of every leaf, or of its mask where there is one."""
+  return int(sum(_kept(params, masks).values()))
+
+
+def count_flops(params: Any, masks: Any = None, positions: Mapping[str, int] | None = None) -> int:
+  """Floating-point operations of the matmuls and convolutions for one example: 2 x kept weights x positions.
+
+  Args:
+    params: parameters; leaves with fewer than two dimensions (biases, scales) are not counted.
+    masks: masks, or None for the dense model.
+    positions: regular expression -> how often the weights it matches are applied to one example (output height x width
+      of a convolution, tokens of a sequence; 0 for embedding tables); 1 where nothing matches.
+
+  Returns:
+    An integer. It counts what a machine that skips every zero would do; wall-clock time is another matter.
+  """
+  shapes = {name: leaf.shape for name, leaf in zip(_tree.flatten(params).names, _tree.flatten(params).values)}
+
+  def times(name):
+    return next((n for pattern, n in (positions or {}).items() if re.search(pattern, name)), 1)
+
+  return int(sum(2 * kept * times(name) for name, kept in _kept(params, masks).items() if len(shapes[name]) >= 2))
+
+
+def mask_nbytes(masks: Any) -> int:
+  """Bytes that a mask tree occupies as stored (pass `get_sparsity_state(opt_state).masks`)."""
+  return int(sum(leaf.nbytes for leaf in jax.tree.leaves(masks)))
+
+
+def _kept(params, masks) -> dict[str, int]:
+  leaves = _tree.flatten(params)
+  nodes = [None] * len(leaves.values) if masks is None else _tree.match(leaves, masks, "masks")
+  return {
+      name: int(value.size) if node is None or _tree.is_masked_node(node) else int(jnp.sum(masks_lib.unpack(node)))
+      for name, value, node in zip(leaves.names, leaves.values, nodes)
+  }
+
+
+def _mask_leaves(tree: Any) -> dict[str, Any]:
+  paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_mask_leaf)[0]
+  return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): masks_lib.unpack(node) if isinstance(node, masks_lib.PackedMask) else _tree.to_array(node)
+      for path, node in paths if not _tree.is_masked_node(node)
+  }

@@ -1,0 +1,18 @@
+"""Schedules: when masks are refreshed, how sparse they are then, and how much of them moves."""
+
+from jaxsparse.schedules._base import AbstractMaskSchedule
+from jaxsparse.schedules._constant import Alternating
+from jaxsparse.schedules._constant import Periodic
+from jaxsparse.schedules._constant import Static
+from jaxsparse.schedules._drop_fraction import AbstractDropFraction
+from jaxsparse.schedules._drop_fraction import ConstantFraction
+from jaxsparse.schedules._drop_fraction import CosineFraction
+from jaxsparse.schedules._ramps import Cosine
+from jaxsparse.schedules._ramps import Linear
+from jaxsparse.schedules._ramps import OneShot
+from jaxsparse.schedules._ramps import Polynomial
+
+__all__ = [
+    "AbstractDropFraction", "AbstractMaskSchedule", "Alternating", "ConstantFraction", "Cosine", "CosineFraction",
+    "Linear", "OneShot", "Periodic", "Polynomial", "Static",
+]

@@ -1,0 +1,113 @@
+"""Scorers that look at a whole model once, before training: SNIP, GraSP, SynFlow."""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LossFn = Callable[[Any, Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractModelScorer(abc.ABC):
+  """Scores all leaves together from a loss function and batches; runs in `Updater.instant_sparsify` only."""
+
+  @property
+  def rounds(self) -> int:
+    """How often scores are computed, on the model pruned so far; the density falls geometrically over the rounds."""
+    return 1
+
+  @abc.abstractmethod
+  def scores(self, params, loss_fn: LossFn, batches: Iterable[Any]):
+    """Tree like `params`, float32: the score of every entry."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Snip(AbstractModelScorer):
+  """|w dL/dw| with the gradient averaged over the batches.
+
+  References:
+    Lee et al., SNIP, 2019, https://arxiv.org/abs/1810.02340. No known differences.
+  """
+
+  def scores(self, params, loss_fn, batches):
+    grads = mean_gradient(loss_fn, params, batches)
+    return jax.tree.map(lambda p, g: jnp.abs(p * g).astype(jnp.float32), params, grads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grasp(AbstractModelScorer):
+  """-w (H g): weights whose removal would lower the gradient flow score highest.
+
+  H g is the Hessian-vector product of the loss over the batches with its own gradient.
+
+  References:
+    Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020,
+    https://arxiv.org/abs/2002.07376.
+    Differs from the paper: no temperature on the logits (put it in `loss_fn`) and one pass over the batches.
+  """
+
+  def scores(self, params, loss_fn, batches):
+    batches = list(batches)
+    grads = mean_gradient(loss_fn, params, batches)
+
+    @jax.jit
+    def product(batch):
+      return jax.jvp(lambda p: jax.grad(loss_fn)(p, batch), (params,), (grads,))[1]
+
+    return jax.tree.map(lambda p, h: (-p * h).astype(jnp.float32), params, mean_tree(product, batches))
+
+
+@dataclasses.dataclass(frozen=True)
+class SynFlow(AbstractModelScorer):
+  """|w dR/dw| with R the sum of the outputs of the network of absolute weights: needs no data.
+
+  `loss_fn(params, batch)` must return the *sum of the outputs* for the batch, and the batch is an input of ones.
+
+  References:
+    Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
+    https://arxiv.org/abs/2006.05467. No known differences.
+  """
+
+  iterations: int = 100
+
+  def __post_init__(self):
+    if not self.iterations >= 1:
+      raise ValueError(f"SynFlow: iterations={self.iterations!r} must be at least 1.")
+
+  @property
+  def rounds(self):
+    return self.iterations
+
+  def scores(self, params, loss_fn, batches):
+    positive = jax.tree.map(jnp.abs, params)
+    grads = mean_gradient(loss_fn, positive, batches)
+    return jax.tree.map(lambda p, g: jnp.abs(p * g).astype(jnp.float32), positive, grads)
+
+
+def mean_tree(fn, batches: Iterable[Any]):
+  """Mean over batches of a tree-valued function; ValueError when there are none."""
+  total, count = None, 0
+  for batch in batches:
+    value = fn(batch)
+    total = value if total is None else jax.tree.map(jnp.add, total, value)
+    count += 1
+  if total is None:
+    raise ValueError("batches= is empty: at least one batch is needed to score a model.")
+  return jax.tree.map(lambda v: v / count, total)
+
+
+def mean_gradient(loss_fn: LossFn, params, batches: Iterable[Any]):
+  """Gradient of the mean loss over the batches."""
+  grad = _compiled_gradient(loss_fn)
+  return mean_tree(lambda batch: grad(params, batch), batches)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_gradient(loss_fn: LossFn):
+  # SynFlow asks for it a hundred times: compile once.
+  return jax.jit(jax.grad(loss_fn))

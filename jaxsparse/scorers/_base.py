@@ -1,0 +1,54 @@
+"""How important an entry is."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import jax
+
+
+class LeafInputs(NamedTuple):
+  """What a scorer may look at, for one leaf.
+
+  Attributes:
+    param: the stored parameter.
+    grad: its gradient, dense and before any mask; None where there is none (`instant_sparsify` without a loss).
+    key: a typed PRNG key of this leaf and this refresh.
+    extra: arrays of the leaf's shape, by the names in the scorer's `needs`.
+  """
+
+  param: jax.Array
+  grad: jax.Array | None
+  key: jax.Array
+  extra: Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractScorer(abc.ABC):
+  """Scores the entries of a leaf: higher is kept (or grown) first. Criterion and growth are the same type.
+
+  `accumulate` runs in every update and must be cheap; `score` runs only when a refresh is due. Stateless scorers keep
+  the defaults of `init` and `accumulate`.
+  """
+
+  uses_gradient: ClassVar[bool] = False
+  """Whether `score` or `accumulate` reads `inputs.grad`."""
+
+  needs: ClassVar[tuple[str, ...]] = ()
+  """Extra inputs by name: keyword arguments of `tx.update` (trees like the parameters), or parts of the inner
+  optimizer's state that are, such as Adam's "nu"."""
+
+  def init(self, param: jax.Array) -> jax.Array | tuple[()]:
+    """State of one leaf; () when stateless."""
+    del param
+    return ()
+
+  def accumulate(self, state, inputs: LeafInputs):
+    """State of one leaf after one more update."""
+    del inputs
+    return state
+
+  @abc.abstractmethod
+  def score(self, state, inputs: LeafInputs) -> jax.Array:
+    """Scores of the leaf's entries: its shape, any real dtype; NaN ranks lowest."""

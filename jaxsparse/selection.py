@@ -1,0 +1,268 @@
+"""Exact top-k masks by threshold search, without sorting or reshaping a leaf.
+
+Scores are ranked along given axes of their natural shape, so a sharded leaf stays sharded. A score is compared as an
+order-preserving integer key (`_threshold.sortable_key`), and the threshold is found by counting (`_threshold.search`).
+"""
+
+import math
+import operator
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse import _threshold
+
+_SMALL_UNITS = 32        # up to this many units on one axis: compare all pairs
+
+
+def keep_count(size: int, sparsity: float) -> int:
+  """Number of entries kept out of `size`: size - floor(size * sparsity).
+
+  The product gets a relative slack of 1e-12, so that a sparsity written in
+  decimal (0.29 of 100) or as a fraction (1/3 of 3) prunes what it says.
+
+  Args:
+   size: number of entries, >= 0.
+   sparsity: fraction to remove, in [0, 1].
+
+  Returns:
+   A Python int in [0, size].
+
+  Raises:
+   ValueError: size is negative or sparsity is outside [0, 1] or NaN.
+  """
+  size = operator.index(size)
+  if size < 0 or not 0.0 <= sparsity <= 1.0:
+    raise ValueError(f"need size >= 0 and sparsity in [0, 1], got {size}, {sparsity}")
+  return size - min(size, math.floor(size * float(sparsity) * (1 + 1e-12)))
+
+
+def topk_mask(scores, keep, axis=None, where=None):
+  """Mask of exactly the `keep` highest scores in each group.
+
+  A group is all entries along `axis`; the other axes index groups.  Ties go
+  to the lowest row-major index over `axis`.  NaN ranks below -inf, and
+  -0.0 ties with +0.0.
+
+  Args:
+   scores: array of f32, bf16, f16, bool, or an integer dtype of <= 32 bits.
+   keep: int, or int32 scalar (may be traced), or int32 array broadcastable
+    to scores.shape with size 1 at `axis`.  Clipped to [0, units].
+   axis: None (all axes), an int or a tuple of ints.
+
+  Returns:
+   Bool array of scores.shape.
+
+  Raises:
+   TypeError: unsupported score dtype, or keep is not an integer.
+   ValueError: bad axis, or keep does not broadcast to the groups.
+  """
+  return _topk(jnp.asarray(scores), keep, axis, where)
+
+
+def global_keep_counts(scores, keep_total, unit_sizes):
+  """How many units of each array survive a joint budget.
+
+  The highest-scoring units over all arrays are kept.  Units that tie at the
+  threshold are taken in list order while they fit; with equal unit sizes
+  the kept sizes sum to exactly keep_total (clipped to what there is).
+
+  Args:
+   scores: list of arrays, one score per unit, any shapes, dtypes as for
+    topk_mask (compared in their common dtype).
+   keep_total: budget in elements, int or int32 scalar (may be traced).
+   unit_sizes: elements per unit, one positive int per array.
+
+  Returns:
+   List of int32 scalars, the kept units of each array.
+
+  Raises:
+   TypeError: unsupported score dtype, or keep_total is not an integer.
+   ValueError: lists differ in length, a unit size is < 1, or there are
+    2**31 elements or more.
+  """
+  scores = [jnp.asarray(s) for s in scores]
+  weights = [operator.index(u) for u in unit_sizes]
+  total = sum(w * s.size for w, s in zip(weights, scores))
+  if len(scores) != len(weights) or min(weights, default=1) < 1 or total >= 2**31:
+    raise ValueError("need one unit size >= 1 per array and < 2**31 elements")
+  live = [i for i, s in enumerate(scores) if s.size]
+  kept = [jnp.int32(0)] * len(scores)
+  if not live:
+    return kept
+  dtype = jnp.result_type(*(scores[i] for i in live))
+  leaves = [(jnp.ravel(s) if s.ndim == 0 else s).astype(dtype)
+       for s in (scores[i] for i in live)]
+  weights = [weights[i] for i in live]
+  keep = jnp.clip(_as_count(keep_total), 0, total)
+
+  def count_each(pivots):
+    return [_threshold.count_reaching(_threshold.sortable_key(s), pivots.reshape((-1,) + (1,) * s.ndim), range(s.ndim))
+        .reshape(-1) for s in leaves]
+
+  def count(pivots):
+    return sum(w * c for w, c in zip(weights, count_each(pivots)))
+
+  sizes = [min(s.size, max(1, int(_threshold.SAMPLE * (w * s.size / total))))
+      for w, s in zip(weights, leaves)]
+  samples = [_threshold.sample(s, None, tuple(range(s.ndim)), n) for s, n in zip(leaves, sizes)]
+  # A sampled unit stands for its share of its array's elements.
+  share = [jnp.full(p.size, w * s.size / p.size, jnp.float32)
+      for w, s, p in zip(weights, leaves, samples)]
+  keys, share = lax.sort((jnp.concatenate(samples),
+              jnp.concatenate(share)), num_keys=1)
+  at = _threshold.rung_positions((total - keep) / total, keys.size)
+  at = jnp.searchsorted(jnp.cumsum(share) / total, at / keys.size)
+  rungs = keys[jnp.clip(at, 0, keys.size - 1)]
+  low, last = _threshold.search(count, dtype, jnp.int32(total), keep, rungs)[:2]
+  threshold = jnp.where(keep == 0, last, low)
+  reach = count_each(threshold[None])
+  # threshold + 1 may wrap for integer scores, so count the ties themselves.
+  tied = [_threshold.sum_together([_threshold.sortable_key(s) == threshold], range(s.ndim))[0].reshape(()) for s in leaves]
+  above = [r[0] - t for r, t in zip(reach, tied)]
+  left = keep - sum(w * a for w, a in zip(weights, above))
+  for i, w, a, t in zip(live, weights, above, tied):
+    fill = jnp.minimum(t, left // w)
+    kept[i], left = a + fill, left - w * fill
+  return kept
+
+
+def drop_and_grow(mask, drop_scores, grow_scores, keep_after_drop, keep_after_grow,
+         axis=None):
+  """One dynamic-sparse-training update: drop the worst, grow the best.
+
+  Kept entries are first cut to the keep_after_drop highest drop scores; then
+  the highest grow scores among all entries not kept (those just dropped
+  included) are added until keep_after_grow are kept.
+
+  Args:
+   mask: bool array, the current mask.
+   drop_scores: scores of mask.shape, float (or <= 16-bit integer).
+   grow_scores: scores of mask.shape, likewise.  NaN ranks lowest.
+   keep_after_drop: kept entries per group after the drop, as topk_mask's
+    `keep`; no more than what the mask keeps takes effect.
+   keep_after_grow: kept entries per group at the end, likewise; nothing is
+    dropped to reach it.
+   axis: as in topk_mask.
+
+  Returns:
+   Bool array of mask.shape.  Per group exactly max(d, min(units,
+   keep_after_grow)) are kept, with d = min(keep_after_drop, kept before).
+
+  Raises:
+   TypeError: unsupported dtype (32-bit integers have no key to spare).
+   ValueError: shapes differ, or as topk_mask.
+  """
+  mask = jnp.asarray(mask, bool)
+  drop_scores, grow_scores = jnp.asarray(drop_scores), jnp.asarray(grow_scores)
+  if not mask.shape == drop_scores.shape == grow_scores.shape:
+    raise ValueError("mask and scores need one shape, got "
+            f"{mask.shape}, {drop_scores.shape}, {grow_scores.shape}")
+  kept = mask & _topk(drop_scores, keep_after_drop, axis, mask)
+  have = _threshold.sum_together([kept], _axes(axis, mask.ndim))[0]
+  grow = jnp.maximum(_as_count(keep_after_grow) - have, 0)
+  return kept | (~kept & _topk(grow_scores, grow, axis, ~kept))
+
+
+def swap_counts(mask, drop_scores, grow_scores, total_swaps, axis):
+  """Shares a number of swaps among groups that each keep a fixed count.
+
+  Every group gets total_swaps // groups; the remainder goes, one each, to
+  the groups that gain most: best grow score of an absent unit minus worst
+  drop score of a kept one.
+
+  Args:
+   mask: bool array, the current mask.
+   drop_scores: scores of mask.shape.
+   grow_scores: scores of mask.shape.
+   total_swaps: int or int32 scalar (may be traced), >= 0.
+   axis: as in topk_mask.
+
+  Returns:
+   int32 array, mask.shape with size 1 at `axis`.  Capped at what a group
+   can swap, min(kept, units - kept); the sum is total_swaps unless a cap
+   bites.
+
+  Raises:
+   TypeError: total_swaps is not an integer.
+   ValueError: bad axis.
+  """
+  mask = jnp.asarray(mask, bool)
+  axes = _axes(axis, mask.ndim)
+  units = math.prod(mask.shape[a] for a in axes)
+  groups = mask.size // units if units else 0
+  kept = _threshold.sum_together([mask], axes)[0]
+  if not groups:
+    return jnp.zeros_like(kept)
+  cap = jnp.minimum(kept, units - kept)
+  low = lambda s: jnp.where(jnp.isnan(s), -jnp.inf, s)
+  as_float = lambda s: low(jnp.asarray(s).astype(jnp.float32))
+  best = jnp.max(as_float(grow_scores), axes, keepdims=True, where=~mask, initial=-jnp.inf)
+  worst = jnp.min(as_float(drop_scores), axes, keepdims=True, where=mask, initial=jnp.inf)
+  total = jnp.maximum(_as_count(total_swaps), 0)
+  base, extra = total // groups, total % groups
+  # A group already at its cap ranks last, so that its extra swap is not lost.
+  gain = jnp.where(cap > base, low(best - worst), jnp.nan)
+  return jnp.minimum(base + topk_mask(gain, extra).astype(jnp.int32), cap)
+
+
+def _as_count(n):
+  n = jnp.asarray(n)
+  if not jnp.issubdtype(n.dtype, jnp.integer):
+    raise TypeError(f"a count must be an integer, got {n.dtype}")
+  return n.astype(jnp.int32)
+
+
+def _axes(axis, ndim):
+  if axis is None:
+    return tuple(range(ndim))
+  axes = [operator.index(a) for a in (axis if isinstance(axis, (tuple, list)) else (axis,))]
+  if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) < len(axes):
+    raise ValueError(f"bad axis {axis} for {ndim} dimensions")
+  return tuple(sorted(a % ndim for a in axes))
+
+
+def _topk(x, keep, axis, where):
+  """topk_mask; entries outside `where` rank below everything, NaN included."""
+  axes = _axes(axis, x.ndim)
+  if where is not None and _threshold.key_range(x.dtype)[0] <= -2**31:
+    raise TypeError(f"{x.dtype} scores are not supported here")
+  _threshold.key_range(x.dtype)
+  group = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+  units = math.prod(x.shape[a] for a in axes)
+  keep = jnp.broadcast_to(jnp.clip(_as_count(keep), 0, units), group)
+  if x.size == 0 or not axes:
+    return jnp.broadcast_to(keep > 0, x.shape)
+  if len(axes) == 1 and units <= _SMALL_UNITS:
+    return _topk_pairs(_threshold.sortable_key(x, where), keep, axes[0])
+  rungs = _threshold.find_rungs(x, where, axes, units, keep)
+  count = lambda pivots: _threshold.count_reaching(_threshold.sortable_key(x, where), pivots, axes)
+  lowest = None if where is None else _threshold.key_range(x.dtype)[0] - 1
+  low, last, c_low, c_high = _threshold.search(
+    count, x.dtype, jnp.full(group, units, jnp.int32), keep, rungs, lowest)
+  # Keep what is above `threshold`, and its ties with index < `cut`.
+  threshold = jnp.where(keep == 0, last, low)
+  cut = jnp.where(keep == 0, 0, units)
+  torn = (keep > 0) & (c_low != keep)
+  cut = lax.cond(
+    jnp.any(torn),
+    lambda: jnp.where(torn, _threshold.tie_cut(x, where, threshold, keep - c_high, axes), cut),
+    lambda: cut)
+  index, stride = jnp.int32(0), units
+  for a in axes:
+    stride //= x.shape[a]
+    shape = tuple(n if b == a else 1 for b, n in enumerate(x.shape))
+    index = index + stride * lax.broadcasted_iota(jnp.int32, shape, a)
+  key = _threshold.sortable_key(x, where)
+  return (key > threshold) | ((key == threshold) & (index < cut))
+
+
+def _topk_pairs(key, keep, axis):
+  """Ranks by comparing all pairs along one short axis: one fused pass."""
+  index = lax.broadcasted_iota(
+    jnp.int32, tuple(n if a == axis else 1 for a, n in enumerate(key.shape)), axis)
+  rank = jnp.int32(0)
+  for j in range(key.shape[axis]):
+    other = lax.slice_in_dim(key, j, j + 1, axis=axis)
+    rank += jnp.where(j < index, other >= key, other > key).astype(jnp.int32)
+  return rank < keep

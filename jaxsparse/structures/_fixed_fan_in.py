@@ -1,0 +1,66 @@
+"""Fixed fan-in: every output keeps the same number of inputs."""
+
+import dataclasses
+import math
+
+from jaxsparse.structures import _base
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedFanIn(_base.AbstractStructure):
+  """Keeps the same number of inputs for every output (Lasby et al., 2023, https://arxiv.org/abs/2305.02299).
+
+  Args:
+    fan_in: inputs kept per output; None takes the number from the sparsity of the leaf.
+    output_axis: the axis, or axes, that index outputs in one layer; -1 is right for `(in, out)` and HWIO kernels.
+
+  Raises:
+    ValueError: if `fan_in` is not a positive integer.
+
+  >>> FixedFanIn(8).units_per_group((128, 64))
+  128
+  """
+
+  fan_in: int | None = None
+  output_axis: int | tuple[int, ...] = -1
+
+  def _check_fields(self):
+    if self.fan_in is not None and not (isinstance(self.fan_in, int) and self.fan_in > 0):
+      raise ValueError(f"FixedFanIn(fan_in={self.fan_in!r}): a positive integer, or None to follow the sparsity, is needed.")
+    if isinstance(self.output_axis, list):
+      object.__setattr__(self, "output_axis", tuple(self.output_axis))
+
+  def _outputs(self, shape) -> tuple[int, ...]:
+    lead = len(self.stack_axes)
+    given = self.output_axis if isinstance(self.output_axis, tuple) else (self.output_axis,)
+    return tuple(lead + _base.normalize_axis(a, len(shape) - lead) for a in given)
+
+  def validate(self, shape):
+    if len(shape) - len(self.stack_axes) < 2:
+      raise ValueError(f"{self!r} needs a leaf with two dimensions or more.")
+    inputs = math.prod(shape[a] for a in self.unit_axes(shape))
+    if self.fan_in is not None and self.fan_in > inputs:
+      raise ValueError(f"{self!r} keeps more inputs than the {inputs} there are.")
+
+  def view_shape(self, shape):
+    return tuple(shape)
+
+  def unit_axes(self, shape):
+    outputs = self._outputs(shape)
+    return tuple(a for a in range(len(self.stack_axes), len(shape)) if a not in outputs)
+
+  def to_units(self, scores):
+    return scores
+
+  def from_units(self, units, shape):
+    return units
+
+  def mask_to_units(self, mask):
+    return mask
+
+  def implied_keep(self, shape):
+    return self.fan_in
+
+  @property
+  def swaps_within_groups(self):
+    return True
