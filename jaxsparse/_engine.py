@@ -35,7 +35,9 @@ class Leaf(NamedTuple):
     return scorers.LeafInputs(self.param, self.grad, self.key, self.extra)
 
 
-def init(updater: Any, inner: optax.GradientTransformation, params: Any, key: jax.Array, tag: str | None) -> _state.SparsityState:
+def init(
+  updater: Any, inner: optax.GradientTransformation, params: Any, key: jax.Array, tag: str | None
+) -> _state.SparsityState:
   """The state before the first update."""
   leaves = _tree.flatten(params)
   plans = _plan.make_plan(updater, leaves)
@@ -43,19 +45,27 @@ def init(updater: Any, inner: optax.GradientTransformation, params: Any, key: ja
   data = key_data(key)
   masks = _initial_masks(updater, leaves, plans, data, count)
   return _state.SparsityState(
-      count=count,
-      key=data,
-      masks=leaves.treedef.unflatten(masks),
-      drop_state=_scorer_states(updater.drop, leaves, plans) if updater.schedule.refreshes else (),
-      grow_state=_scorer_states(updater.grow, leaves, plans) if updater.schedule.refreshes else (),
-      forward_state=(),
-      inner_state=inner.init(params),
-      tag=_state.Tag(tag),
+    count=count,
+    key=data,
+    masks=leaves.treedef.unflatten(masks),
+    drop_state=_scorer_states(updater.drop, leaves, plans) if updater.schedule.refreshes else (),
+    grow_state=_scorer_states(updater.grow, leaves, plans) if updater.schedule.refreshes else (),
+    forward_state=(),
+    inner_state=inner.init(params),
+    tag=_state.Tag(tag),
   )
 
 
-def update(updater: Any, inner: optax.GradientTransformationExtraArgs, zero_map: "ZeroMap", grads: Any,
-           state: _state.SparsityState, params: Any, scorer_grads: Any, extra: dict[str, Any]):
+def update(
+  updater: Any,
+  inner: optax.GradientTransformationExtraArgs,
+  zero_map: "ZeroMap",
+  grads: Any,
+  state: _state.SparsityState,
+  params: Any,
+  scorer_grads: Any,
+  extra: dict[str, Any],
+):
   """One update of the wrapped optimizer: `(updates, state)`.
 
   Args:
@@ -78,17 +88,21 @@ def update(updater: Any, inner: optax.GradientTransformationExtraArgs, zero_map:
   step = _hard_update if updater.forward.storage == "hard" else _dense_update
   due = updater.schedule.due(state.count)
   sparse = _sparse_leaves(updater, leaves, plans, state, scorer_grads, extra) if updater.schedule.refreshes else []
-  sparse = [leaf._replace(drop_state=updater.drop.accumulate(leaf.drop_state, leaf.inputs),
-                          grow_state=updater.grow.accumulate(leaf.grow_state, leaf.inputs) if updater.grow else ())
-            for leaf in sparse]
+  sparse = [
+    leaf._replace(
+      drop_state=updater.drop.accumulate(leaf.drop_state, leaf.inputs),
+      grow_state=updater.grow.accumulate(leaf.grow_state, leaf.inputs) if updater.grow else (),
+    )
+    for leaf in sparse
+  ]
   updates, nodes, inner_state = step(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra)
   mask_structure = jax.tree.structure(state.masks, is_leaf=_tree.is_mask_leaf)
   return updates, state._replace(
-      count=optax.safe_increment(state.count),
-      masks=mask_structure.unflatten(nodes),
-      drop_state=_put_states(leaves, sparse, [leaf.drop_state for leaf in sparse]),
-      grow_state=_put_states(leaves, sparse, [leaf.grow_state for leaf in sparse]),
-      inner_state=inner_state,
+    count=optax.safe_increment(state.count),
+    masks=mask_structure.unflatten(nodes),
+    drop_state=_put_states(leaves, sparse, [leaf.drop_state for leaf in sparse]),
+    grow_state=_put_states(leaves, sparse, [leaf.grow_state for leaf in sparse]),
+    inner_state=inner_state,
   )
 
 
@@ -126,8 +140,13 @@ def _refresh_if(updater, due, sparse, masks, nodes, count):
   old = [nodes[leaf.index] for leaf in sparse]
 
   def refresh():
-    new = choose(updater, sparse, [masks[leaf.index] for leaf in sparse], updater.schedule.progress(count),
-                 updater.schedule.elapsed(count))
+    new = choose(
+      updater,
+      sparse,
+      [masks[leaf.index] for leaf in sparse],
+      updater.schedule.progress(count),
+      updater.schedule.elapsed(count),
+    )
     return [masks_lib.pack(m) if updater.pack_masks else m for m in new]
 
   new = jax.lax.cond(due, refresh, lambda: old)
@@ -147,8 +166,10 @@ def choose(updater, sparse, masks, progress, elapsed):
   drop = [view.to_units(updater.drop.score(leaf.drop_state, leaf.inputs)) for view, leaf in zip(views, sparse)]
   kept = None if masks is None else [view.mask_to_units(mask) for view, mask in zip(views, masks)]
   if updater.grow is not None and masks is not None:
-    grow = [view.to_units(updater.grow.score(leaf.grow_state, leaf.inputs._replace(key=jax.random.fold_in(leaf.key, 1))))
-            for view, leaf in zip(views, sparse)]
+    grow = [
+      view.to_units(updater.grow.score(leaf.grow_state, leaf.inputs._replace(key=jax.random.fold_in(leaf.key, 1))))
+      for view, leaf in zip(views, sparse)
+    ]
     fraction = updater.drop_fraction.value(elapsed)
     units = [_drop_and_grow(leaf, *args, progress, fraction) for leaf, *args in zip(sparse, kept, drop, grow)]
   else:
@@ -160,8 +181,13 @@ def choose(updater, sparse, masks, progress, elapsed):
 def select(updater, sparse, scores, masks, progress):
   """Masks from scores of entries: the best among what `masks` keeps, with the counts of this progress."""
   views = [leaf.plan.structure for leaf in sparse]
-  units = _prune(updater, sparse, [v.to_units(s) for v, s in zip(views, scores)],
-                 [v.mask_to_units(m) for v, m in zip(views, masks)], progress)
+  units = _prune(
+    updater,
+    sparse,
+    [v.to_units(s) for v, s in zip(views, scores)],
+    [v.mask_to_units(m) for v, m in zip(views, masks)],
+    progress,
+  )
   return [v.from_units(u, leaf.plan.shape) for v, u, leaf in zip(views, units, sparse)]
 
 
@@ -178,8 +204,10 @@ def _prune(updater, sparse, scores, among, progress):
     ranked = [scores[i] if among[i] is None else jnp.where(among[i], scores[i], -jnp.inf) for i in joint]
     for i, keep in zip(joint, updater.distribution.allocate(ranked, shapes, total)):
       keeps[i] = keep
-  return [selection.topk_mask(s, keep, leaf.plan.structure.unit_axes(leaf.plan.shape), where=a)
-          for s, a, keep, leaf in zip(scores, among, keeps, sparse)]
+  return [
+    selection.topk_mask(s, keep, leaf.plan.structure.unit_axes(leaf.plan.shape), where=a)
+    for s, a, keep, leaf in zip(scores, among, keeps, sparse)
+  ]
 
 
 def _drop_and_grow(leaf, mask, drop, grow, progress, fraction):
@@ -235,7 +263,9 @@ def _map_grads(leaves, grads, masks, fn):
   """fn(gradient, parameter, mask) on sparsified leaves of a tree like the parameters."""
   values = _tree.match(leaves, grads, "the gradients")
   structure = jax.tree.structure(grads, is_leaf=_tree.is_mask_leaf)
-  return structure.unflatten([g if _tree.is_masked_node(m) else fn(g, p, m) for g, p, m in zip(values, leaves.values, masks)])
+  return structure.unflatten(
+    [g if _tree.is_masked_node(m) else fn(g, p, m) for g, p, m in zip(values, leaves.values, masks)]
+  )
 
 
 def _sparse_leaves(updater, leaves, plans, state, grads, extra) -> list[Leaf]:
@@ -243,15 +273,26 @@ def _sparse_leaves(updater, leaves, plans, state, grads, extra) -> list[Leaf]:
   used = [s for s in (updater.drop, updater.grow) if s is not None]
   if grads is None and any(s.uses_gradient for s in used):
     name = next(type(s).__name__ for s in used if s.uses_gradient)
-    raise ValueError(f"{name} scores by gradients: pass them as tx.update(updates, state, params, grads=grads), or use wrap_optax.")
+    raise ValueError(
+      f"{name} scores by gradients: pass them as tx.update(updates, state, params, grads=grads), or use wrap_optax."
+    )
   grad_values = None if grads is None else _tree.match(leaves, grads, "the gradients")
   needed = {name: _find_extra(name, leaves, state.inner_state, extra) for s in used for name in s.needs}
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.count)
   drop_states, grow_states = (_get_states(leaves, s) for s in (state.drop_state, state.grow_state))
   return [
-      Leaf(i, plan, leaves.values[i], None if grad_values is None else grad_values[i], jax.random.fold_in(key, i),
-            {name: values[i] for name, values in needed.items()}, drop_states[i], grow_states[i])
-      for i, plan in enumerate(plans) if plan.structure is not None
+    Leaf(
+      i,
+      plan,
+      leaves.values[i],
+      None if grad_values is None else grad_values[i],
+      jax.random.fold_in(key, i),
+      {name: values[i] for name, values in needed.items()},
+      drop_states[i],
+      grow_states[i],
+    )
+    for i, plan in enumerate(plans)
+    if plan.structure is not None
   ]
 
 
@@ -260,8 +301,9 @@ def _find_extra(name: str, leaves, inner_state, extra) -> list[Any]:
   tree = extra[name] if name in extra else optax.tree.get(inner_state, name, None)
   if tree is None:
     raise ValueError(
-        f"A scorer needs {name!r}: pass tx.update(..., {name}=tree like the parameters), or wrap an optimizer whose "
-        f"state has it (Adam's has 'mu' and 'nu').")
+      f"A scorer needs {name!r}: pass tx.update(..., {name}=tree like the parameters), or wrap an optimizer whose "
+      f"state has it (Adam's has 'mu' and 'nu')."
+    )
   return _tree.match(leaves, tree, repr(name))
 
 
@@ -278,9 +320,13 @@ def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
   else:
     scorer = updater.init or updater.drop
     key = jax.random.wrap_key_data(data, impl="threefry2x32")
-    first = [Leaf(i, plans[i], leaves.values[i], None, jax.random.fold_in(key, i), {}, scorer.init(leaves.values[i]), ())
-             for i in sparse]
-    progress = updater.schedule.progress(count) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
+    first = [
+      Leaf(i, plans[i], leaves.values[i], None, jax.random.fold_in(key, i), {}, scorer.init(leaves.values[i]), ())
+      for i in sparse
+    ]
+    progress = (
+      updater.schedule.progress(count) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
+    )
     scores = [leaf.plan.structure.to_units(scorer.score(leaf.drop_state, leaf.inputs)) for leaf in first]
     units = _prune(updater, first, scores, None, progress)
     new = [leaf.plan.structure.from_units(u, leaf.plan.shape) for leaf, u in zip(first, units)]
@@ -292,13 +338,19 @@ def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
 def _scorer_states(scorer, leaves, plans):
   if scorer is None:
     return ()
-  states = [optax.MaskedNode() if plan.structure is None else scorer.init(value) for plan, value in zip(plans, leaves.values)]
+  states = [
+    optax.MaskedNode() if plan.structure is None else scorer.init(value) for plan, value in zip(plans, leaves.values)
+  ]
   stateless = all(_tree.is_masked_node(s) or (isinstance(s, tuple) and not s) for s in states)
   return () if stateless else leaves.treedef.unflatten(states)
 
 
 def _get_states(leaves, tree) -> list[Any]:
-  return [()] * len(leaves.values) if isinstance(tree, tuple) and not tree else _tree.match(leaves, tree, "the scorer's state")
+  return (
+    [()] * len(leaves.values)
+    if isinstance(tree, tuple) and not tree
+    else _tree.match(leaves, tree, "the scorer's state")
+  )
 
 
 def _put_states(leaves, sparse, states):
@@ -315,8 +367,9 @@ def _check_selection(leaves, plans, nodes) -> None:
     if (plan.structure is None) != _tree.is_masked_node(node):
       have, want = ("a mask", "dense") if plan.structure is None else ("no mask", "sparse")
       raise ValueError(
-          f"{label} has {have} in the optimizer state, but this updater keeps it {want}: the state was made by another "
-          "configuration. Start from tx.init(params), or carry the masks over with set_masks.")
+        f"{label} has {have} in the optimizer state, but this updater keeps it {want}: the state was made by another "
+        "configuration. Start from tx.init(params), or carry the masks over with set_masks."
+      )
 
 
 def key_data(key: jax.Array | int) -> jax.Array:
@@ -328,7 +381,9 @@ def key_data(key: jax.Array | int) -> jax.Array:
     return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
   if key.shape == (2,) and key.dtype == jnp.uint32:
     return key
-  raise TypeError(f"key must be an integer, jax.random.key(...) or jax.random.PRNGKey(...), got {key.dtype}{list(key.shape)}.")
+  raise TypeError(
+    f"key must be an integer, jax.random.key(...) or jax.random.PRNGKey(...), got {key.dtype}{list(key.shape)}."
+  )
 
 
 class ZeroMap:

@@ -56,7 +56,9 @@ def make_plan(updater: Any, leaves: _tree.Leaves) -> list[LeafPlan]:
   plans = _settle_counts(updater, plans, pinned)
   if updater.sparsity != 0 and all(p.structure is None for p in plans):
     reasons = "; ".join(f"{p.label}: {p.reason}" for p in plans[:8]) or "there are no parameters"
-    raise ValueError(f"{updater!r} sparsifies no leaf, so training would be dense ({reasons}). Say no_prune() if that is wanted.")
+    raise ValueError(
+      f"{updater!r} sparsifies no leaf, so training would be dense ({reasons}). Say no_prune() if that is wanted."
+    )
   return plans
 
 
@@ -80,9 +82,13 @@ def _plan_leaf(updater, name: str, label: str, value) -> tuple[LeafPlan, float |
   else:
     reason = "default"
   if not jnp.issubdtype(value.dtype, jnp.floating):
-    raise TypeError(f"{label} has dtype {value.dtype}; only real floating-point leaves can be sparsified. Exclude it with the rule ({name!r}, None).")
+    raise TypeError(
+      f"{label} has dtype {value.dtype}; only real floating-point leaves can be sparsified. Exclude it with the rule ({name!r}, None)."
+    )
   if 0 in shape or not shape:
-    raise ValueError(f"{label} has shape {shape}: there is nothing to sparsify. Exclude it with the rule ({name!r}, None).")
+    raise ValueError(
+      f"{label} has shape {shape}: there is nothing to sparsify. Exclude it with the rule ({name!r}, None)."
+    )
   try:
     structure.validate(shape)
   except ValueError as error:
@@ -90,8 +96,9 @@ def _plan_leaf(updater, name: str, label: str, value) -> tuple[LeafPlan, float |
       logging.warning("jaxsparse leaves %s dense: it has shape %s; %s", label, shape, error)
       return LeafPlan(name, label, shape, None, f"skipped: {error}"), None
     raise ValueError(
-        f"{label} has shape {shape}; {error} Exclude the leaf with the rule ({name!r}, None), or pass "
-        "on_mismatch='skip' to leave such leaves dense.") from None
+      f"{label} has shape {shape}; {error} Exclude the leaf with the rule ({name!r}, None), or pass "
+      "on_mismatch='skip' to leave such leaves dense."
+    ) from None
   return LeafPlan(name, label, shape, structure, reason), sparsity
 
 
@@ -114,14 +121,17 @@ def _settle_counts(updater, plans: list[LeafPlan], pinned: list[float | None]) -
       shared.append(i)
   if shared:
     if updater.sparsity is None:
-      raise ValueError(f"{updater!r} needs sparsity=: {plans[shared[0]].label} with {plans[shared[0]].structure!r} has no sparsity of its own.")
+      raise ValueError(
+        f"{updater!r} needs sparsity=: {plans[shared[0]].label} with {plans[shared[0]].structure!r} has no sparsity of its own."
+      )
     shapes = [plans[i].leaf_shape for i in shared]
     if updater.distribution.joint:
       for i in shared:
         if plans[i].structure.swaps_within_groups or plans[i].structure.stack_axes:
           raise ValueError(
-              f"{plans[i].label}: {updater.distribution!r} ranks leaves against each other and cannot keep the groups "
-              f"of {plans[i].structure!r}; use another distribution, or pin the leaf by a rule.")
+            f"{plans[i].label}: {updater.distribution!r} ranks leaves against each other and cannot keep the groups "
+            f"of {plans[i].structure!r}; use another distribution, or pin the leaf by a rule."
+          )
       final |= {i: None for i in shared}
     else:
       final |= dict(zip(shared, updater.distribution.keep_counts(shapes, updater.sparsity)))
@@ -132,8 +142,9 @@ def _with_counts(updater, plan: LeafPlan, final: int | None) -> LeafPlan:
   units = plan.leaf_shape.units
   if final == 0:
     raise ValueError(
-        f"{plan.label} with shape {plan.shape} would keep none of its {units} units per group ({plan.structure!r}); "
-        "lower its sparsity, use smaller units, or exclude it by a rule.")
+      f"{plan.label} with shape {plan.shape} would keep none of its {units} units per group ({plan.structure!r}); "
+      "lower its sparsity, use smaller units, or exclude it by a rule."
+    )
   if final == units and not updater.distribution.joint:
     return dataclasses.replace(plan, structure=None, reason="its share of the sparsity is 0")
   initial = selection.keep_count(units, updater.initial_sparsity)
@@ -146,5 +157,6 @@ def _check_implied(plan: LeafPlan, leaf, implied: int, sparsity: float | None) -
   density = implied / leaf.units
   if abs((1.0 - sparsity) - density) > 1e-6:
     raise ValueError(
-        f"{plan.label}: {plan.structure!r} keeps {implied} of {leaf.units}, a sparsity of {1 - density:g}, but sparsity="
-        f"{sparsity:g} was asked for. Leave the sparsity out, or make the two agree.")
+      f"{plan.label}: {plan.structure!r} keeps {implied} of {leaf.units}, a sparsity of {1 - density:g}, but sparsity="
+      f"{sparsity:g} was asked for. Leave the sparsity out, or make the two agree."
+    )

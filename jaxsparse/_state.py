@@ -61,8 +61,9 @@ def get_sparsity_state(opt_state: Any, tag: str | None = None) -> SparsityState:
   if len(states) > 1:
     tags = [s.tag.name for s in states]
     raise ValueError(
-        f"The optimizer state holds {len(states)} sparsity states with tags {tags}: name one with tag=. "
-        "(get_masks merges them where they cover different leaves.)")
+      f"The optimizer state holds {len(states)} sparsity states with tags {tags}: name one with tag=. "
+      "(get_masks merges them where they cover different leaves.)"
+    )
   return states[0]
 
 
@@ -118,7 +119,9 @@ def set_masks(opt_state: Any, masks: Any, tag: str | None = None) -> Any:
   paths, structure = jax.tree_util.tree_flatten_with_path(old.masks, is_leaf=_tree.is_mask_leaf)
   given = jax.tree.leaves(masks, is_leaf=lambda m: m is None or _tree.is_mask_leaf(m) or hasattr(m, "detach"))
   if len(given) != len(paths):
-    raise ValueError(f"masks has {len(given)} leaves, the optimizer state {len(paths)}: they belong to different models.")
+    raise ValueError(
+      f"masks has {len(given)} leaves, the optimizer state {len(paths)}: they belong to different models."
+    )
   new = [_replace("masks" + jax.tree_util.keystr(path), node, mask) for (path, node), mask in zip(paths, given)]
   state = old._replace(masks=structure.unflatten(new))
 
@@ -137,8 +140,9 @@ def require_set(node: Any) -> Any:
   """The node, or an error where masks have to be given first."""
   if isinstance(node, masks_lib.UnsetMask):
     raise ValueError(
-        f"{node.owner} finds its masks before training. Run `pruned, masks = updater.instant_sparsify(params, "
-        "loss_fn=..., batches=...)`, then `opt_state = jaxsparse.set_masks(tx.init(pruned), masks)`.")
+      f"{node.owner} finds its masks before training. Run `pruned, masks = updater.instant_sparsify(params, "
+      "loss_fn=..., batches=...)`, then `opt_state = jaxsparse.set_masks(tx.init(pruned), masks)`."
+    )
   return node
 
 
@@ -147,8 +151,9 @@ def _find(opt_state: Any, tag: str | None) -> list[SparsityState]:
   states = [_plain(x) for x in leaves if isinstance(x, SparsityState)]
   if not states:
     raise ValueError(
-        "There is no SparsityState here. Pass the optimizer state of `updater.wrap_optax(...)` (for nnx: "
-        "`optimizer.opt_state`), also inside chain, MultiSteps, masked, partition or inject_hyperparams.")
+      "There is no SparsityState here. Pass the optimizer state of `updater.wrap_optax(...)` (for nnx: "
+      "`optimizer.opt_state`), also inside chain, MultiSteps, masked, partition or inject_hyperparams."
+    )
   if tag is not None:
     tags = [s.tag.name for s in states]
     states = [s for s in states if s.tag.name == tag]
@@ -168,7 +173,9 @@ def _replace(label: str, node: Any, mask: Any) -> Any:
   if _tree.is_masked_node(node):
     if mask is None or _tree.is_masked_node(mask) or bool(np.all(np.asarray(_tree.to_array(mask)) != 0)):
       return node
-    raise ValueError(f"{label} removes weights of a leaf that the updater leaves dense; select it by the updater's rules.")
+    raise ValueError(
+      f"{label} removes weights of a leaf that the updater leaves dense; select it by the updater's rules."
+    )
   if mask is None or _tree.is_masked_node(mask):
     raise ValueError(f"{label} is missing: the updater sparsifies this leaf (shape {tuple(node.shape)}).")
   mask = masks_lib.unpack(mask) if isinstance(mask, masks_lib.PackedMask) else _tree.to_array(mask)

@@ -67,8 +67,9 @@ def match(leaves: Leaves, other: Any, what: str) -> list[Any]:
     have = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths}
     want = set(leaves.names)
     raise ValueError(
-        f"The parameters have {len(leaves.values)} leaves, {what} {len(paths)}: they are different trees. "
-        f"Only in the parameters: {_few(want - have)}; only in {what}: {_few(have - want)}.")
+      f"The parameters have {len(leaves.values)} leaves, {what} {len(paths)}: they are different trees. "
+      f"Only in the parameters: {_few(want - have)}; only in {what}: {_few(have - want)}."
+    )
   nodes = [node for _, node in paths]
   check_shapes(leaves, nodes, what)
   return nodes
@@ -79,7 +80,9 @@ def check_shapes(leaves: Leaves, nodes: Sequence[Any], what: str) -> None:
   for label, value, node in zip(leaves.labels, leaves.values, nodes, strict=True):
     shape = getattr(node, "shape", None)
     if shape is not None and not is_masked_node(value) and tuple(shape) != tuple(value.shape):
-      raise ValueError(f"{label} has shape {tuple(value.shape)}, but {what} {tuple(shape)}; both must come from the same model.")
+      raise ValueError(
+        f"{label} has shape {tuple(value.shape)}, but {what} {tuple(shape)}; both must come from the same model."
+      )
 
 
 def _few(names) -> str:

@@ -86,7 +86,9 @@ class Updater:
     for name in ("init", "grow"):
       scorer = getattr(self, name)
       if name == "init" and scorer is not None and (scorer.uses_gradient or scorer.needs):
-        raise ValueError(f"init={scorer!r} needs gradients, and there are none before the first step; use instant_sparsify and set_masks.")
+        raise ValueError(
+          f"init={scorer!r} needs gradients, and there are none before the first step; use instant_sparsify and set_masks."
+        )
     if (self.grow is None) != (self.drop_fraction is None):
       raise ValueError("grow= and drop_fraction= belong together: what grows back, and how much.")
     if self.grow is not None and (self.forward.storage != "hard" or self.distribution.joint):
@@ -104,8 +106,9 @@ class Updater:
 
   # -- training ------------------------------------------------------------------------------------------------------
 
-  def wrap_optax(self, inner: optax.GradientTransformation, key: jax.Array | int = 0,
-                 tag: str | None = None) -> optax.GradientTransformationExtraArgs:
+  def wrap_optax(
+    self, inner: optax.GradientTransformation, key: jax.Array | int = 0, tag: str | None = None
+  ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer, so that `optax.apply_updates` keeps the parameters sparse.
 
     `tx.update(grads, state, params, **extra)` refreshes masks when they are due, hands masked gradients to `inner`,
@@ -185,8 +188,14 @@ class Updater:
 
   # -- without an optimizer ------------------------------------------------------------------------------------------
 
-  def instant_sparsify(self, params: Any, key: jax.Array | int = 0, *, loss_fn: Callable[[Any, Any], jax.Array] | None = None,
-                       batches: Iterable[Any] | None = None) -> tuple[Any, Any]:
+  def instant_sparsify(
+    self,
+    params: Any,
+    key: jax.Array | int = 0,
+    *,
+    loss_fn: Callable[[Any, Any], jax.Array] | None = None,
+    batches: Iterable[Any] | None = None,
+  ) -> tuple[Any, Any]:
     """Prunes to the final sparsity at once.
 
     Args:
@@ -210,12 +219,15 @@ class Updater:
     """
     whole_model = isinstance(self.drop, scorers.AbstractModelScorer)
     if not whole_model and self.drop.needs:
-      raise ValueError(f"{self!r} scores by {self.drop!r}, which reads {self.drop.needs} of an optimizer's state; there is none in "
-                       "instant_sparsify. Fisher() gathers squared gradients by itself.")
+      raise ValueError(
+        f"{self!r} scores by {self.drop!r}, which reads {self.drop.needs} of an optimizer's state; there is none in "
+        "instant_sparsify. Fisher() gathers squared gradients by itself."
+      )
     if (whole_model or self.drop.uses_gradient) and (loss_fn is None or batches is None):
       raise ValueError(
-          f"{self!r} scores weights by {type(self.drop).__name__}, which needs gradients: pass loss_fn=(params, batch) "
-          "-> loss and batches=[...] to instant_sparsify.")
+        f"{self!r} scores weights by {type(self.drop).__name__}, which needs gradients: pass loss_fn=(params, batch) "
+        "-> loss and batches=[...] to instant_sparsify."
+      )
     return _instant(self, params, key, loss_fn, list(batches) if batches is not None else [])
 
   def describe(self, params: Any) -> str:
@@ -232,21 +244,23 @@ class Updater:
 
 
 _FIELD_TYPES = {
-    "schedule": schedules.AbstractMaskSchedule,
-    "drop": (scorers.AbstractScorer, scorers.AbstractModelScorer),
-    "structure": structures.AbstractStructure,
-    "distribution": distributions.AbstractDistribution,
-    "rules": rules_lib.Rules,
-    "forward": forwards.AbstractForward,
-    "init": (scorers.AbstractScorer, type(None)),
-    "grow": (scorers.AbstractScorer, type(None)),
-    "drop_fraction": (schedules.AbstractDropFraction, type(None)),
+  "schedule": schedules.AbstractMaskSchedule,
+  "drop": (scorers.AbstractScorer, scorers.AbstractModelScorer),
+  "structure": structures.AbstractStructure,
+  "distribution": distributions.AbstractDistribution,
+  "rules": rules_lib.Rules,
+  "forward": forwards.AbstractForward,
+  "init": (scorers.AbstractScorer, type(None)),
+  "grow": (scorers.AbstractScorer, type(None)),
+  "drop_fraction": (schedules.AbstractDropFraction, type(None)),
 }
 
 
 def _describe(kind) -> str:
   kinds = kind if isinstance(kind, tuple) else (kind,)
-  return " or ".join("None" if k is type(None) else f"one of jaxsparse's {k.__name__.removeprefix('Abstract')}s" for k in kinds)
+  return " or ".join(
+    "None" if k is type(None) else f"one of jaxsparse's {k.__name__.removeprefix('Abstract')}s" for k in kinds
+  )
 
 
 def _map(params, masks, fn):
@@ -254,7 +268,8 @@ def _map(params, masks, fn):
   leaves = _tree.flatten(params)
   nodes = [_state.require_set(node) for node in _tree.match(leaves, masks, "the masks in the optimizer state")]
   return leaves.treedef.unflatten(
-      [p if _tree.is_masked_node(m) else fn(p, masks_lib.unpack(m)) for p, m in zip(leaves.values, nodes)])
+    [p if _tree.is_masked_node(m) else fn(p, masks_lib.unpack(m)) for p, m in zip(leaves.values, nodes)]
+  )
 
 
 def _instant(updater, params, key, loss_fn, batches):
@@ -262,8 +277,11 @@ def _instant(updater, params, key, loss_fn, batches):
   leaves = _tree.flatten(params)
   plans = _plan.make_plan(updater, leaves)
   key = jax.random.wrap_key_data(_engine.key_data(key), impl="threefry2x32")
-  sparse = [_engine.Leaf(i, plan, leaves.values[i], None, jax.random.fold_in(key, i), {}, (), ())
-            for i, plan in enumerate(plans) if plan.structure is not None]
+  sparse = [
+    _engine.Leaf(i, plan, leaves.values[i], None, jax.random.fold_in(key, i), {}, (), ())
+    for i, plan in enumerate(plans)
+    if plan.structure is not None
+  ]
 
   def pruned(masks):
     values = list(leaves.values)

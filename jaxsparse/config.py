@@ -24,9 +24,10 @@ from jaxsparse.algorithms import _registry
 
 _MODULES = (structures, distributions, schedules, scorers, forwards)
 _CLASSES = {
-    name: getattr(module, name)
-    for module in _MODULES for name in module.__all__
-    if dataclasses.is_dataclass(getattr(module, name)) and not name.startswith("Abstract")
+  name: getattr(module, name)
+  for module in _MODULES
+  for name in module.__all__
+  if dataclasses.is_dataclass(getattr(module, name)) and not name.startswith("Abstract")
 }
 
 
@@ -47,7 +48,9 @@ def create_updater(config: Mapping[str, Any] | ml_collections.ConfigDict) -> _up
   """
   config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
   if "name" not in config:
-    raise ValueError(f"The updater's configuration needs 'name', one of: {', '.join(algorithms.all_algorithm_names())}. It has: {sorted(config)}.")
+    raise ValueError(
+      f"The updater's configuration needs 'name', one of: {', '.join(algorithms.all_algorithm_names())}. It has: {sorted(config)}."
+    )
   name = config.pop("name")
   factory = _updater.Updater if name == "Updater" else algorithms.get_algorithm(name)
   arguments = {key: _value(key, value) for key, value in config.items()}
@@ -66,9 +69,14 @@ def updater_config(updater: _updater.Updater) -> ml_collections.ConfigDict:
     name, arguments = updater.call
   else:
     name = "Updater"
-    arguments = [(f.name, getattr(updater, f.name)) for f in dataclasses.fields(updater)
-                 if f.name != "call" and getattr(updater, f.name) != f.default]
-  return ml_collections.ConfigDict({"name": name} | {key: _plain(value) for key, value in arguments}, convert_dict=False)
+    arguments = [
+      (f.name, getattr(updater, f.name))
+      for f in dataclasses.fields(updater)
+      if f.name != "call" and getattr(updater, f.name) != f.default
+    ]
+  return ml_collections.ConfigDict(
+    {"name": name} | {key: _plain(value) for key, value in arguments}, convert_dict=False
+  )
 
 
 def _value(key: str, value: Any) -> Any:
@@ -90,7 +98,9 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
   arguments = {k: v for k, v in config.items() if k != "name"}
   name = config.get("name")
   if name not in _CLASSES:
-    raise ValueError(f"{key}: there is no {name!r}.{_registry.nearest(str(name), _CLASSES)} Known names: {', '.join(sorted(_CLASSES))}.")
+    raise ValueError(
+      f"{key}: there is no {name!r}.{_registry.nearest(str(name), _CLASSES)} Known names: {', '.join(sorted(_CLASSES))}."
+    )
   cls = _CLASSES[name]
   _registry.check_arguments(name, inspect.signature(cls), arguments)
   return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
@@ -104,5 +114,6 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(v) for v in value)
   if dataclasses.is_dataclass(value):
     return {"name": type(value).__name__} | {
-        f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
+      f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
+    }
   return value

@@ -63,7 +63,7 @@ def unpack(mask: PackedMask | jax.Array) -> jax.Array:
   *lead, cols = mask.shape
   shifts = jnp.arange(8, dtype=jnp.uint8)[:, None]
   bits = (mask.data[..., None, :] >> shifts) & jnp.uint8(1)
-  return (bits.reshape(*lead, 8 * mask.data.shape[-1])[..., :cols] != 0)
+  return bits.reshape(*lead, 8 * mask.data.shape[-1])[..., :cols] != 0
 
 
 def unpack_tree(masks: Any) -> Any:

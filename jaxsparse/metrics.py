@@ -95,14 +95,17 @@ def _kept(params, masks) -> dict[str, int]:
   leaves = _tree.flatten(params)
   nodes = [None] * len(leaves.values) if masks is None else _tree.match(leaves, masks, "masks")
   return {
-      name: int(value.size) if node is None or _tree.is_masked_node(node) else int(jnp.sum(masks_lib.unpack(node)))
-      for name, value, node in zip(leaves.names, leaves.values, nodes)
+    name: int(value.size) if node is None or _tree.is_masked_node(node) else int(jnp.sum(masks_lib.unpack(node)))
+    for name, value, node in zip(leaves.names, leaves.values, nodes)
   }
 
 
 def _mask_leaves(tree: Any) -> dict[str, Any]:
   paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_mask_leaf)[0]
   return {
-      jax.tree_util.keystr(path, simple=True, separator="/"): masks_lib.unpack(node) if isinstance(node, masks_lib.PackedMask) else _tree.to_array(node)
-      for path, node in paths if not _tree.is_masked_node(node)
+    jax.tree_util.keystr(path, simple=True, separator="/"): masks_lib.unpack(node)
+    if isinstance(node, masks_lib.PackedMask)
+    else _tree.to_array(node)
+    for path, node in paths
+    if not _tree.is_masked_node(node)
   }

@@ -76,5 +76,7 @@ def _check_entry(entry: Any) -> tuple[str, Any]:
   elif isinstance(value, (int, float)):
     check_sparsity(value, f"The sparsity of the rule {pattern!r}")
   elif value is not None and not isinstance(value, AbstractStructure):
-    raise TypeError(f"The rule {pattern!r} must say None (dense), a structure, a sparsity or (structure, sparsity), got {value!r}.")
+    raise TypeError(
+      f"The rule {pattern!r} must say None (dense), a structure, a sparsity or (structure, sparsity), got {value!r}."
+    )
   return pattern, value

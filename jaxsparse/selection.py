@@ -12,7 +12,8 @@ from jax import lax
 
 from jaxsparse import _threshold
 
-_SMALL_UNITS = 32        # up to this many units on one axis: compare all pairs
+_SMALL_UNITS = 32  # up to this many units on one axis: compare all pairs
+_SMALL_SIZE = 1 << 20  # up to this many scores: plain bisection, which compiles fast
 
 
 def keep_count(size: int, sparsity: float) -> int:
@@ -91,34 +92,30 @@ def global_keep_counts(scores, keep_total, unit_sizes):
   if not live:
     return kept
   dtype = jnp.result_type(*(scores[i] for i in live))
-  leaves = [(jnp.ravel(s) if s.ndim == 0 else s).astype(dtype)
-       for s in (scores[i] for i in live)]
+  leaves = [(jnp.ravel(s) if s.ndim == 0 else s).astype(dtype) for s in (scores[i] for i in live)]
   weights = [weights[i] for i in live]
   keep = jnp.clip(_as_count(keep_total), 0, total)
 
   def count_each(pivots):
-    return [_threshold.count_reaching(_threshold.sortable_key(s), pivots.reshape((-1,) + (1,) * s.ndim), range(s.ndim))
-        .reshape(-1) for s in leaves]
+    return [
+      _threshold.count_reaching(
+        _threshold.sortable_key(s), pivots.reshape((-1,) + (1,) * s.ndim), range(s.ndim)
+      ).reshape(-1)
+      for s in leaves
+    ]
 
   def count(pivots):
     return sum(w * c for w, c in zip(weights, count_each(pivots)))
 
-  sizes = [min(s.size, max(1, int(_threshold.SAMPLE * (w * s.size / total))))
-      for w, s in zip(weights, leaves)]
-  samples = [_threshold.sample(s, None, tuple(range(s.ndim)), n) for s, n in zip(leaves, sizes)]
-  # A sampled unit stands for its share of its array's elements.
-  share = [jnp.full(p.size, w * s.size / p.size, jnp.float32)
-      for w, s, p in zip(weights, leaves, samples)]
-  keys, share = lax.sort((jnp.concatenate(samples),
-              jnp.concatenate(share)), num_keys=1)
-  at = _threshold.rung_positions((total - keep) / total, keys.size)
-  at = jnp.searchsorted(jnp.cumsum(share) / total, at / keys.size)
-  rungs = keys[jnp.clip(at, 0, keys.size - 1)]
-  low, last = _threshold.search(count, dtype, jnp.int32(total), keep, rungs)[:2]
-  threshold = jnp.where(keep == 0, last, low)
+  if total <= _SMALL_SIZE:
+    threshold = _threshold.bisect(lambda p: count(p[None])[0], *_threshold.key_range(dtype), keep)
+  else:
+    threshold = _joint_threshold(leaves, weights, total, keep, count)
   reach = count_each(threshold[None])
   # threshold + 1 may wrap for integer scores, so count the ties themselves.
-  tied = [_threshold.sum_together([_threshold.sortable_key(s) == threshold], range(s.ndim))[0].reshape(()) for s in leaves]
+  tied = [
+    _threshold.sum_together([_threshold.sortable_key(s) == threshold], range(s.ndim))[0].reshape(()) for s in leaves
+  ]
   above = [r[0] - t for r, t in zip(reach, tied)]
   left = keep - sum(w * a for w, a in zip(weights, above))
   for i, w, a, t in zip(live, weights, above, tied):
@@ -127,8 +124,21 @@ def global_keep_counts(scores, keep_total, unit_sizes):
   return kept
 
 
-def drop_and_grow(mask, drop_scores, grow_scores, keep_after_drop, keep_after_grow,
-         axis=None):
+def _joint_threshold(leaves, weights, total, keep, count):
+  """The key of the keep-th highest entry over several arrays, searched from a weighted sample of them."""
+  sizes = [min(s.size, max(1, int(_threshold.SAMPLE * (w * s.size / total)))) for w, s in zip(weights, leaves)]
+  samples = [_threshold.sample(s, None, tuple(range(s.ndim)), n) for s, n in zip(leaves, sizes)]
+  # A sampled unit stands for its share of its array's elements.
+  share = [jnp.full(p.size, w * s.size / p.size, jnp.float32) for w, s, p in zip(weights, leaves, samples)]
+  keys, share = lax.sort((jnp.concatenate(samples), jnp.concatenate(share)), num_keys=1)
+  at = _threshold.rung_positions((total - keep) / total, keys.size)
+  at = jnp.searchsorted(jnp.cumsum(share) / total, at / keys.size)
+  rungs = keys[jnp.clip(at, 0, keys.size - 1)]
+  low, last = _threshold.search(count, leaves[0].dtype, jnp.int32(total), keep, rungs)[:2]
+  return jnp.where(keep == 0, last, low)
+
+
+def drop_and_grow(mask, drop_scores, grow_scores, keep_after_drop, keep_after_grow, axis=None):
   """One dynamic-sparse-training update: drop the worst, grow the best.
 
   Kept entries are first cut to the keep_after_drop highest drop scores; then
@@ -156,8 +166,7 @@ def drop_and_grow(mask, drop_scores, grow_scores, keep_after_drop, keep_after_gr
   mask = jnp.asarray(mask, bool)
   drop_scores, grow_scores = jnp.asarray(drop_scores), jnp.asarray(grow_scores)
   if not mask.shape == drop_scores.shape == grow_scores.shape:
-    raise ValueError("mask and scores need one shape, got "
-            f"{mask.shape}, {drop_scores.shape}, {grow_scores.shape}")
+    raise ValueError(f"mask and scores need one shape, got {mask.shape}, {drop_scores.shape}, {grow_scores.shape}")
   kept = mask & _topk(drop_scores, keep_after_drop, axis, mask)
   have = _threshold.sum_together([kept], _axes(axis, mask.ndim))[0]
   grow = jnp.maximum(_as_count(keep_after_grow) - have, 0)
@@ -225,7 +234,7 @@ def _axes(axis, ndim):
 def _topk(x, keep, axis, where):
   """topk_mask; entries outside `where` rank below everything, NaN included."""
   axes = _axes(axis, x.ndim)
-  if where is not None and _threshold.key_range(x.dtype)[0] <= -2**31:
+  if where is not None and _threshold.key_range(x.dtype)[0] <= -(2**31):
     raise TypeError(f"{x.dtype} scores are not supported here")
   _threshold.key_range(x.dtype)
   group = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
@@ -235,11 +244,13 @@ def _topk(x, keep, axis, where):
     return jnp.broadcast_to(keep > 0, x.shape)
   if len(axes) == 1 and units <= _SMALL_UNITS:
     return _topk_pairs(_threshold.sortable_key(x, where), keep, axes[0])
+  index = _unit_index(x.shape, axes)
+  if x.size <= _SMALL_SIZE:
+    return _topk_bisect(x, keep, axes, where, index, units)
   rungs = _threshold.find_rungs(x, where, axes, units, keep)
   count = lambda pivots: _threshold.count_reaching(_threshold.sortable_key(x, where), pivots, axes)
   lowest = None if where is None else _threshold.key_range(x.dtype)[0] - 1
-  low, last, c_low, c_high = _threshold.search(
-    count, x.dtype, jnp.full(group, units, jnp.int32), keep, rungs, lowest)
+  low, last, c_low, c_high = _threshold.search(count, x.dtype, jnp.full(group, units, jnp.int32), keep, rungs, lowest)
   # Keep what is above `threshold`, and its ties with index < `cut`.
   threshold = jnp.where(keep == 0, last, low)
   cut = jnp.where(keep == 0, 0, units)
@@ -247,20 +258,39 @@ def _topk(x, keep, axis, where):
   cut = lax.cond(
     jnp.any(torn),
     lambda: jnp.where(torn, _threshold.tie_cut(x, where, threshold, keep - c_high, axes), cut),
-    lambda: cut)
-  index, stride = jnp.int32(0), units
-  for a in axes:
-    stride //= x.shape[a]
-    shape = tuple(n if b == a else 1 for b, n in enumerate(x.shape))
-    index = index + stride * lax.broadcasted_iota(jnp.int32, shape, a)
+    lambda: cut,
+  )
   key = _threshold.sortable_key(x, where)
   return (key > threshold) | ((key == threshold) & (index < cut))
 
 
+def _unit_index(shape, axes):
+  """Row-major position of a unit in its group, broadcastable to `shape`."""
+  index, stride = jnp.int32(0), math.prod(shape[a] for a in axes)
+  for a in axes:
+    stride //= shape[a]
+    ones = tuple(n if b == a else 1 for b, n in enumerate(shape))
+    index = index + stride * lax.broadcasted_iota(jnp.int32, ones, a)
+  return index
+
+
+def _topk_bisect(x, keep, axes, where, index, units):
+  """Threshold by bisection over the bits of the key, then over positions among the ties."""
+  key = _threshold.sortable_key(x, where)
+  lowest, highest = _threshold.key_range(x.dtype)
+  threshold = _threshold.bisect(
+    lambda p: _threshold.sum_together([key >= p], axes)[0], lowest - (where is not None), highest, keep
+  )
+  above = key > threshold
+  need = keep - _threshold.sum_together([above], axes)[0]
+  place = jnp.where(key == threshold, units - 1 - index, -1)
+  last = _threshold.bisect(lambda p: _threshold.sum_together([place >= p], axes)[0], -1, units - 1, need)
+  return (above | ((place >= last) & (place >= 0))) & (keep > 0)
+
+
 def _topk_pairs(key, keep, axis):
   """Ranks by comparing all pairs along one short axis: one fused pass."""
-  index = lax.broadcasted_iota(
-    jnp.int32, tuple(n if a == axis else 1 for a, n in enumerate(key.shape)), axis)
+  index = lax.broadcasted_iota(jnp.int32, tuple(n if a == axis else 1 for a, n in enumerate(key.shape)), axis)
   rank = jnp.int32(0)
   for j in range(key.shape[axis]):
     other = lax.slice_in_dim(key, j, j + 1, axis=axis)

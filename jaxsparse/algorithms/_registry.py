@@ -54,7 +54,9 @@ def get_algorithm(name: str) -> Factory:
   rigl(sparsity=0.9, stop=1000)
   """
   if name not in _FACTORIES:
-    raise ValueError(f"There is no algorithm {name!r}.{nearest(name, _FACTORIES)} The algorithms are: {', '.join(all_algorithm_names())}.")
+    raise ValueError(
+      f"There is no algorithm {name!r}.{nearest(name, _FACTORIES)} The algorithms are: {', '.join(all_algorithm_names())}."
+    )
   return _FACTORIES[name]
 
 
@@ -62,11 +64,13 @@ def check_arguments(name: str, signature: inspect.Signature, arguments) -> None:
   """TypeError for an argument that the signature does not have, with the nearest spelling and the signature."""
   for argument in arguments:
     if argument not in signature.parameters:
-      raise TypeError(f"{name}() has no argument {argument!r}.{nearest(argument, signature.parameters)} Its signature is {name}{_short(signature)}.")
+      raise TypeError(
+        f"{name}() has no argument {argument!r}.{nearest(argument, signature.parameters)} Its signature is {name}{_short(signature)}."
+      )
 
 
 def nearest(word: str, known) -> str:
-  """" Did you mean 'x'?" or nothing."""
+  """ " Did you mean 'x'?" or nothing."""
   found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
   return f" Did you mean {found[0]!r}?" if found else ""
 
@@ -83,7 +87,8 @@ def _full_signature(factory: Factory) -> inspect.Signature:
   fields = {f.name: f for f in dataclasses.fields(_updater.Updater)}
   names = [p.name for p in own]
   common = [
-      inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=fields[n].default, annotation=fields[n].type)
-      for n in COMMON if takes_common and n not in names
+    inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=fields[n].default, annotation=fields[n].type)
+    for n in COMMON
+    if takes_common and n not in names
   ]
   return inspect.Signature(own + common, return_annotation=_updater.Updater)

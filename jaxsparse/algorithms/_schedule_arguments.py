@@ -3,8 +3,14 @@
 from jaxsparse import schedules
 
 
-def ramp(name: str, every: int, start: int, stop: int | None, schedule: schedules.AbstractMaskSchedule | None,
-         power: float = 3.0) -> schedules.AbstractMaskSchedule:
+def ramp(
+  name: str,
+  every: int,
+  start: int,
+  stop: int | None,
+  schedule: schedules.AbstractMaskSchedule | None,
+  power: float = 3.0,
+) -> schedules.AbstractMaskSchedule:
   """`schedule` if given, else a polynomial ramp over [start, stop)."""
   if schedule is not None:
     return schedule

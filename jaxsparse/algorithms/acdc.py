@@ -7,7 +7,9 @@ from jaxsparse.algorithms import _registry
 
 
 @_registry.algorithm
-def acdc(sparsity: float | None = None, *, sparse_steps: int, dense_steps: int, start: int = 0, stop: int, **common) -> _updater.Updater:
+def acdc(
+  sparsity: float | None = None, *, sparse_steps: int, dense_steps: int, start: int = 0, stop: int, **common
+) -> _updater.Updater:
   """AC/DC: turns of magnitude-masked and dense training; the last turn is sparse.
 
   Dense before `start`; then the largest |w| are kept for `sparse_steps` updates, all weights train for `dense_steps`

@@ -8,8 +8,9 @@ from jaxsparse.algorithms import _registry
 
 
 @_registry.algorithm
-def snip(sparsity: float | None = None, *, distribution: distributions.AbstractDistribution = distributions.Global(),
-         **common) -> _updater.Updater:
+def snip(
+  sparsity: float | None = None, *, distribution: distributions.AbstractDistribution = distributions.Global(), **common
+) -> _updater.Updater:
   """SNIP: keeps the weights of largest |w dL/dw| at initialisation, over all leaves.
 
       pruned, masks = updater.instant_sparsify(params, loss_fn=loss, batches=[batch])
@@ -30,8 +31,9 @@ def snip(sparsity: float | None = None, *, distribution: distributions.AbstractD
 
 
 @_registry.algorithm
-def grasp(sparsity: float | None = None, *, distribution: distributions.AbstractDistribution = distributions.Global(),
-          **common) -> _updater.Updater:
+def grasp(
+  sparsity: float | None = None, *, distribution: distributions.AbstractDistribution = distributions.Global(), **common
+) -> _updater.Updater:
   """GraSP: keeps the weights whose removal would lower the gradient flow most, -w (H g).
 
   Args:
@@ -48,8 +50,13 @@ def grasp(sparsity: float | None = None, *, distribution: distributions.Abstract
 
 
 @_registry.algorithm
-def synflow(sparsity: float | None = None, *, iterations: int = 100,
-            distribution: distributions.AbstractDistribution = distributions.Global(), **common) -> _updater.Updater:
+def synflow(
+  sparsity: float | None = None,
+  *,
+  iterations: int = 100,
+  distribution: distributions.AbstractDistribution = distributions.Global(),
+  **common,
+) -> _updater.Updater:
   """SynFlow: keeps the weights that carry most flow through the network of absolute weights; needs no data.
 
   Pass `loss_fn=lambda params, ones: apply(params, ones).sum()` and `batches=[ones]` with an input of ones.
@@ -69,4 +76,6 @@ def synflow(sparsity: float | None = None, *, iterations: int = 100,
 
 
 def _at_init(scorer, sparsity, distribution, common) -> _updater.Updater:
-  return _updater.Updater(schedule=schedules.Static(), drop=scorer, sparsity=sparsity, distribution=distribution, **common)
+  return _updater.Updater(
+    schedule=schedules.Static(), drop=scorer, sparsity=sparsity, distribution=distribution, **common
+  )

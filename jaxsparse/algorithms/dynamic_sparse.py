@@ -8,8 +8,16 @@ from jaxsparse.algorithms import _registry
 
 
 @_registry.algorithm
-def set_(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None, drop_fraction: float = 0.3,
-         distribution: distributions.AbstractDistribution = distributions.ERK(), **common) -> _updater.Updater:
+def set_(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  drop_fraction: float = 0.3,
+  distribution: distributions.AbstractDistribution = distributions.ERK(),
+  **common,
+) -> _updater.Updater:
   """SET: drops the smallest |w|, grows as many at random.
 
   Args:
@@ -30,14 +38,29 @@ def set_(sparsity: float | None = None, *, every: int = 100, start: int = 0, sto
     distribution is ERK; the count of replaced weights is rounded up.
   """
   return _updater.Updater(
-      schedule=schedules.Periodic(every=every, stop=stop, start=start), drop=scorers.Magnitude(), grow=scorers.Random(),
-      drop_fraction=schedules.ConstantFraction(drop_fraction), init=scorers.Random(), skip_step_when_due=True,
-      sparsity=sparsity, distribution=distribution, **common)
+    schedule=schedules.Periodic(every=every, stop=stop, start=start),
+    drop=scorers.Magnitude(),
+    grow=scorers.Random(),
+    drop_fraction=schedules.ConstantFraction(drop_fraction),
+    init=scorers.Random(),
+    skip_step_when_due=True,
+    sparsity=sparsity,
+    distribution=distribution,
+    **common,
+  )
 
 
 @_registry.algorithm
-def rigl(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None, drop_fraction: float = 0.3,
-         distribution: distributions.AbstractDistribution = distributions.ERK(), **common) -> _updater.Updater:
+def rigl(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  drop_fraction: float = 0.3,
+  distribution: distributions.AbstractDistribution = distributions.ERK(),
+  **common,
+) -> _updater.Updater:
   """RigL: drops the smallest |w|, grows the removed weights of largest |dL/dw|.
 
   At a refresh ceil(f_t * kept) weights are dropped and as many grown, f_t = drop_fraction / 2 (1 + cos(pi t / stop)).
@@ -61,14 +84,30 @@ def rigl(sparsity: float | None = None, *, every: int = 100, start: int = 0, sto
   """
   _check_stop("rigl", stop)
   return _updater.Updater(
-      schedule=schedules.Periodic(every=every, stop=stop, start=start), drop=scorers.Magnitude(), grow=scorers.GradientMagnitude(),
-      drop_fraction=schedules.CosineFraction(drop_fraction), init=scorers.Random(), skip_step_when_due=True,
-      sparsity=sparsity, distribution=distribution, **common)
+    schedule=schedules.Periodic(every=every, stop=stop, start=start),
+    drop=scorers.Magnitude(),
+    grow=scorers.GradientMagnitude(),
+    drop_fraction=schedules.CosineFraction(drop_fraction),
+    init=scorers.Random(),
+    skip_step_when_due=True,
+    sparsity=sparsity,
+    distribution=distribution,
+    **common,
+  )
 
 
 @_registry.algorithm
-def snfs(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None, drop_fraction: float = 0.3,
-         momentum: float = 0.9, distribution: distributions.AbstractDistribution = distributions.ERK(), **common) -> _updater.Updater:
+def snfs(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  drop_fraction: float = 0.3,
+  momentum: float = 0.9,
+  distribution: distributions.AbstractDistribution = distributions.ERK(),
+  **common,
+) -> _updater.Updater:
   """Sparse networks from scratch: grows the removed weights of largest smoothed gradient.
 
   Args:
@@ -84,11 +123,19 @@ def snfs(sparsity: float | None = None, *, every: int = 100, start: int = 0, sto
   """
   _check_stop("snfs", stop)
   return _updater.Updater(
-      schedule=schedules.Periodic(every=every, stop=stop, start=start), drop=scorers.Magnitude(), grow=scorers.Momentum(momentum),
-      drop_fraction=schedules.CosineFraction(drop_fraction), init=scorers.Random(), sparsity=sparsity, distribution=distribution,
-      **common)
+    schedule=schedules.Periodic(every=every, stop=stop, start=start),
+    drop=scorers.Magnitude(),
+    grow=scorers.Momentum(momentum),
+    drop_fraction=schedules.CosineFraction(drop_fraction),
+    init=scorers.Random(),
+    sparsity=sparsity,
+    distribution=distribution,
+    **common,
+  )
 
 
 def _check_stop(name: str, stop: int | None) -> None:
   if stop is None:
-    raise ValueError(f"{name} needs stop=, the count of updates at which the drop fraction has decayed to zero (the papers: 75 % of training).")
+    raise ValueError(
+      f"{name} needs stop=, the count of updates at which the drop fraction has decayed to zero (the papers: 75 % of training)."
+    )

@@ -10,8 +10,15 @@ from jaxsparse.algorithms import _schedule_arguments
 
 
 @_registry.algorithm
-def magnitude(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None,
-              schedule: schedules.AbstractMaskSchedule | None = None, **common) -> _updater.Updater:
+def magnitude(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  **common,
+) -> _updater.Updater:
   """Removes the weights of smallest |w|, more at each refresh (JaxPruner's `magnitude`).
 
   At each refresh the `keep` entries of largest |w| among those still kept survive, with
@@ -40,8 +47,15 @@ def magnitude(sparsity: float | None = None, *, every: int = 100, start: int = 0
 
 
 @_registry.algorithm
-def gmp(sparsity: float | None = None, *, initial_sparsity: float = 0.0, every: int = 100, start: int = 0,
-        stop: int | None = None, **common) -> _updater.Updater:
+def gmp(
+  sparsity: float | None = None,
+  *,
+  initial_sparsity: float = 0.0,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  **common,
+) -> _updater.Updater:
   """Gradual magnitude pruning: sparsity_t = s_f + (s_i - s_f)(1 - tau)^3.
 
   Args:
@@ -61,13 +75,22 @@ def gmp(sparsity: float | None = None, *, initial_sparsity: float = 0.0, every: 
     stored as zeros, so they do not come back.
   """
   schedule = _schedule_arguments.ramp("gmp", every, start, stop, None)
-  return _updater.Updater(schedule=schedule, drop=scorers.Magnitude(), sparsity=sparsity, initial_sparsity=initial_sparsity, **common)
+  return _updater.Updater(
+    schedule=schedule, drop=scorers.Magnitude(), sparsity=sparsity, initial_sparsity=initial_sparsity, **common
+  )
 
 
 @_registry.algorithm
-def global_magnitude(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None,
-                     schedule: schedules.AbstractMaskSchedule | None = None,
-                     distribution: distributions.AbstractDistribution = distributions.Global(), **common) -> _updater.Updater:
+def global_magnitude(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  distribution: distributions.AbstractDistribution = distributions.Global(),
+  **common,
+) -> _updater.Updater:
   """Magnitude pruning in which all leaves compete: the largest |w| of the whole model are kept.
 
   Args:
@@ -82,11 +105,15 @@ def global_magnitude(sparsity: float | None = None, *, every: int = 100, start: 
     No known differences.
   """
   schedule = _schedule_arguments.ramp("global_magnitude", every, start, stop, schedule)
-  return _updater.Updater(schedule=schedule, drop=scorers.Magnitude(), sparsity=sparsity, distribution=distribution, **common)
+  return _updater.Updater(
+    schedule=schedule, drop=scorers.Magnitude(), sparsity=sparsity, distribution=distribution, **common
+  )
 
 
 @_registry.algorithm
-def iterative_nm(n: int = 2, m: int = 4, *, every: int = 100, start: int = 0, stop: int | None = None, **common) -> _updater.Updater:
+def iterative_nm(
+  n: int = 2, m: int = 4, *, every: int = 100, start: int = 0, stop: int | None = None, **common
+) -> _updater.Updater:
   """Magnitude pruning to N:M in steps: m:m, m-1:m, ... n:m, evenly over [start, stop) (JaxPruner's extension).
 
   Args:
@@ -105,7 +132,9 @@ def iterative_nm(n: int = 2, m: int = 4, *, every: int = 100, start: int = 0, st
     Differs from JaxPruner: groups run along the reduction axis, where a sparse matmul can use them.
   """
   if "structure" in common:
-    raise TypeError("iterative_nm(n, m) makes its own structure; use magnitude(structure=NM(n, m, axis=...), schedule=Linear(...)).")
+    raise TypeError(
+      "iterative_nm(n, m) makes its own structure; use magnitude(structure=NM(n, m, axis=...), schedule=Linear(...))."
+    )
   if stop is None:
     raise ValueError("iterative_nm needs stop=, the count of updates at which pruning has ended.")
   schedule = schedules.Linear(every=every, stop=stop, start=start)

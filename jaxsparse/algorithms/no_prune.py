@@ -14,4 +14,6 @@ def no_prune() -> _updater.Updater:
   >>> no_prune()
   no_prune()
   """
-  return _updater.Updater(schedule=schedules.Static(), drop=scorers.Magnitude(), sparsity=0.0, rules=rules.Rules((".*", None)))
+  return _updater.Updater(
+    schedule=schedules.Static(), drop=scorers.Magnitude(), sparsity=0.0, rules=rules.Rules((".*", None))
+  )

@@ -9,8 +9,15 @@ from jaxsparse.algorithms import _schedule_arguments
 
 
 @_registry.algorithm
-def random_(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None,
-            schedule: schedules.AbstractMaskSchedule | None = None, **common) -> _updater.Updater:
+def random_(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  **common,
+) -> _updater.Updater:
   """Removes random weights, more at each refresh: the baseline of every criterion.
 
   Args:
@@ -27,8 +34,9 @@ def random_(sparsity: float | None = None, *, every: int = 100, start: int = 0, 
 
 
 @_registry.algorithm
-def static_sparse(sparsity: float | None = None, *, distribution: distributions.AbstractDistribution = distributions.ERK(),
-                  **common) -> _updater.Updater:
+def static_sparse(
+  sparsity: float | None = None, *, distribution: distributions.AbstractDistribution = distributions.ERK(), **common
+) -> _updater.Updater:
   """A random mask drawn before training and never changed.
 
   Args:
@@ -43,5 +51,11 @@ def static_sparse(sparsity: float | None = None, *, distribution: distributions.
     Liu et al., The Unreasonable Effectiveness of Random Pruning, 2022, https://arxiv.org/abs/2202.02643.
     Differs from the paper: exact counts instead of independent draws.
   """
-  return _updater.Updater(schedule=schedules.Static(), drop=scorers.Random(), init=scorers.Random(), sparsity=sparsity,
-                          distribution=distribution, **common)
+  return _updater.Updater(
+    schedule=schedules.Static(),
+    drop=scorers.Random(),
+    init=scorers.Random(),
+    sparsity=sparsity,
+    distribution=distribution,
+    **common,
+  )

@@ -9,8 +9,15 @@ from jaxsparse.algorithms import _schedule_arguments
 
 
 @_registry.algorithm
-def saliency(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None,
-             schedule: schedules.AbstractMaskSchedule | None = None, **common) -> _updater.Updater:
+def saliency(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  **common,
+) -> _updater.Updater:
   """Removes the weights of smallest |w dL/dw| on the current batch.
 
   Args:
@@ -28,9 +35,16 @@ def saliency(sparsity: float | None = None, *, every: int = 100, start: int = 0,
 
 
 @_registry.algorithm
-def global_saliency(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None,
-                    schedule: schedules.AbstractMaskSchedule | None = None,
-                    distribution: distributions.AbstractDistribution = distributions.Global(), **common) -> _updater.Updater:
+def global_saliency(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  distribution: distributions.AbstractDistribution = distributions.Global(),
+  **common,
+) -> _updater.Updater:
   """Saliency pruning in which all leaves compete.
 
   Args:
@@ -44,12 +58,21 @@ def global_saliency(sparsity: float | None = None, *, every: int = 100, start: i
     Lee et al., JaxPruner, 2023, https://arxiv.org/abs/2304.14082. No known differences.
   """
   schedule = _schedule_arguments.ramp("global_saliency", every, start, stop, schedule)
-  return _updater.Updater(schedule=schedule, drop=scorers.WeightTimesGradient(), sparsity=sparsity, distribution=distribution, **common)
+  return _updater.Updater(
+    schedule=schedule, drop=scorers.WeightTimesGradient(), sparsity=sparsity, distribution=distribution, **common
+  )
 
 
 @_registry.algorithm
-def adam_fisher(sparsity: float | None = None, *, every: int = 100, start: int = 0, stop: int | None = None,
-                schedule: schedules.AbstractMaskSchedule | None = None, **common) -> _updater.Updater:
+def adam_fisher(
+  sparsity: float | None = None,
+  *,
+  every: int = 100,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  **common,
+) -> _updater.Updater:
   """Removes the weights of smallest w^2 nu / 2, with Adam's second moment nu as the diagonal Fisher.
 
   Needs an inner optimizer that keeps `nu` (Adam, AdamW, NAdam, ...); for others set `drop=Fisher()` on an `Updater`.

@@ -8,8 +8,15 @@ from jaxsparse.algorithms import _registry
 
 
 @_registry.algorithm
-def magnitude_ste(sparsity: float | None = None, *, every: int = 1, start: int = 0, stop: int | None = None,
-                  schedule: schedules.AbstractMaskSchedule | None = None, **common) -> _updater.Updater:
+def magnitude_ste(
+  sparsity: float | None = None,
+  *,
+  every: int = 1,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  **common,
+) -> _updater.Updater:
   """The forward pass uses the largest |w|; its gradient is applied to all weights.
 
   Args:
@@ -28,12 +35,21 @@ def magnitude_ste(sparsity: float | None = None, *, every: int = 1, start: int =
     No known differences.
   """
   schedule = schedule or schedules.Periodic(every=every, stop=stop, start=start)
-  return _updater.Updater(schedule=schedule, drop=scorers.Magnitude(), forward=forwards.StraightThrough(), sparsity=sparsity, **common)
+  return _updater.Updater(
+    schedule=schedule, drop=scorers.Magnitude(), forward=forwards.StraightThrough(), sparsity=sparsity, **common
+  )
 
 
 @_registry.algorithm
-def random_ste(sparsity: float | None = None, *, every: int = 1, start: int = 0, stop: int | None = None,
-               schedule: schedules.AbstractMaskSchedule | None = None, **common) -> _updater.Updater:
+def random_ste(
+  sparsity: float | None = None,
+  *,
+  every: int = 1,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  **common,
+) -> _updater.Updater:
   """Straight-through training with a random mask, drawn anew at every refresh.
 
   Args:
@@ -46,12 +62,22 @@ def random_ste(sparsity: float | None = None, *, every: int = 1, start: int = 0,
     Lee et al., JaxPruner, 2023, https://arxiv.org/abs/2304.14082. No known differences.
   """
   schedule = schedule or schedules.Periodic(every=every, stop=stop, start=start)
-  return _updater.Updater(schedule=schedule, drop=scorers.Random(), forward=forwards.StraightThrough(), sparsity=sparsity, **common)
+  return _updater.Updater(
+    schedule=schedule, drop=scorers.Random(), forward=forwards.StraightThrough(), sparsity=sparsity, **common
+  )
 
 
 @_registry.algorithm
-def sr_ste(sparsity: float | None = None, *, decay: float = 2e-4, every: int = 1, start: int = 0, stop: int | None = None,
-           schedule: schedules.AbstractMaskSchedule | None = None, **common) -> _updater.Updater:
+def sr_ste(
+  sparsity: float | None = None,
+  *,
+  decay: float = 2e-4,
+  every: int = 1,
+  start: int = 0,
+  stop: int | None = None,
+  schedule: schedules.AbstractMaskSchedule | None = None,
+  **common,
+) -> _updater.Updater:
   """Sparse-refined straight-through: g + decay (1 - mask) w, made for N:M from scratch.
 
   Args:
@@ -68,4 +94,6 @@ def sr_ste(sparsity: float | None = None, *, decay: float = 2e-4, every: int = 1
     https://arxiv.org/abs/2102.04010. No known differences.
   """
   schedule = schedule or schedules.Periodic(every=every, stop=stop, start=start)
-  return _updater.Updater(schedule=schedule, drop=scorers.Magnitude(), forward=forwards.SRSTE(decay), sparsity=sparsity, **common)
+  return _updater.Updater(
+    schedule=schedule, drop=scorers.Magnitude(), forward=forwards.SRSTE(decay), sparsity=sparsity, **common
+  )

@@ -23,7 +23,9 @@ class Global(_base.AbstractDistribution):
   def keep_counts(self, leaves, sparsity):
     raise TypeError("Global() has no counts before the scores are known; the engine calls allocate().")
 
-  def allocate(self, scores: Sequence[jax.Array], leaves: Sequence[_base.LeafShape], total: jax.Array | int) -> list[jax.Array]:
+  def allocate(
+    self, scores: Sequence[jax.Array], leaves: Sequence[_base.LeafShape], total: jax.Array | int
+  ) -> list[jax.Array]:
     """Scores of the units of every leaf and the entries to keep in all -> int32 units to keep in each leaf."""
     per_entry = [s if leaf.unit_size == 1 else s / leaf.unit_size for s, leaf in zip(scores, leaves, strict=True)]
     return selection.global_keep_counts(per_entry, total, [leaf.unit_size for leaf in leaves])

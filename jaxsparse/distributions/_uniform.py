@@ -40,7 +40,9 @@ class UniformPlus(_base.AbstractDistribution):
 
   def __post_init__(self):
     if self.first is None and self.last is None:
-      raise ValueError("UniformPlus needs first= and/or last=, regular expressions of the leaves it spares; use Uniform() to spare none.")
+      raise ValueError(
+        "UniformPlus needs first= and/or last=, regular expressions of the leaves it spares; use Uniform() to spare none."
+      )
     if not 0.0 < self.last_density <= 1.0:
       raise ValueError(f"UniformPlus(last_density={self.last_density!r}) must be in (0, 1].")
 
@@ -57,7 +59,9 @@ def matching(leaves, pattern: str | None, distribution) -> list[int]:
     return []
   found = [i for i, leaf in enumerate(leaves) if re.search(pattern, leaf.name)]
   if not found:
-    raise ValueError(f"{distribution!r}: {pattern!r} matches none of the pruned leaves {[leaf.name for leaf in leaves]}.")
+    raise ValueError(
+      f"{distribution!r}: {pattern!r} matches none of the pruned leaves {[leaf.name for leaf in leaves]}."
+    )
   return found
 
 
@@ -66,7 +70,9 @@ def with_fixed(fixed: dict[int, float], raw, leaves, total: int, distribution) -
   rest = [i for i in range(len(leaves)) if i not in fixed]
   budget = total - sum(d * leaves[i].size for i, d in fixed.items())
   if budget < 0:
-    raise ValueError(f"{distribution!r}: the leaves that it spares hold more entries than the {total} that may be kept; lower the sparsity.")
+    raise ValueError(
+      f"{distribution!r}: the leaves that it spares hold more entries than the {total} that may be kept; lower the sparsity."
+    )
   if not rest:
     raise ValueError(f"{distribution!r}: every pruned leaf is spared, so the sparsity cannot be met.")
   solved = dict(zip(rest, _base.scale_to_total([raw[i] for i in rest], [leaves[i] for i in rest], budget)))

@@ -13,6 +13,15 @@ from jaxsparse.schedules._ramps import OneShot
 from jaxsparse.schedules._ramps import Polynomial
 
 __all__ = [
-    "AbstractDropFraction", "AbstractMaskSchedule", "Alternating", "ConstantFraction", "Cosine", "CosineFraction",
-    "Linear", "OneShot", "Periodic", "Polynomial", "Static",
+  "AbstractDropFraction",
+  "AbstractMaskSchedule",
+  "Alternating",
+  "ConstantFraction",
+  "Cosine",
+  "CosineFraction",
+  "Linear",
+  "OneShot",
+  "Periodic",
+  "Polynomial",
+  "Static",
 ]

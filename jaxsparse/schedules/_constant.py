@@ -77,7 +77,11 @@ class Alternating(_base.AbstractMaskSchedule):
   def due(self, count):
     count = jnp.asarray(count)
     within = (count - self.start) % (self.sparse_steps + self.dense_steps)
-    return (count >= self.start) & (count <= self._last) & ((within == 0) | ((within == self.sparse_steps) & (count < self._last)))
+    return (
+      (count >= self.start)
+      & (count <= self._last)
+      & ((within == 0) | ((within == self.sparse_steps) & (count < self._last)))
+    )
 
   def progress(self, count):
     count = jnp.asarray(count)

@@ -17,6 +17,19 @@ from jaxsparse.scorers._instant import Random
 from jaxsparse.scorers._instant import WeightTimesGradient
 
 __all__ = [
-    "AbstractModelScorer", "AbstractScorer", "AdamFisher", "Fisher", "GradientMagnitude", "Grasp", "LeafInputs",
-    "Magnitude", "Momentum", "Movement", "Random", "Snip", "SynFlow", "WeightTimesGradient", "mean_gradient",
+  "AbstractModelScorer",
+  "AbstractScorer",
+  "AdamFisher",
+  "Fisher",
+  "GradientMagnitude",
+  "Grasp",
+  "LeafInputs",
+  "Magnitude",
+  "Momentum",
+  "Movement",
+  "Random",
+  "Snip",
+  "SynFlow",
+  "WeightTimesGradient",
+  "mean_gradient",
 ]

@@ -25,8 +25,9 @@ class AbstractStructure(abc.ABC):
     axes = (self.stack_axes,) if isinstance(self.stack_axes, int) else tuple(self.stack_axes)
     if axes != tuple(range(len(axes))):
       raise ValueError(
-          f"{type(self).__name__}: stack_axes={self.stack_axes!r} must be the leading axes (0,), (0, 1), ...; "
-          "move the stacked axes to the front of the leaf.")
+        f"{type(self).__name__}: stack_axes={self.stack_axes!r} must be the leading axes (0,), (0, 1), ...; "
+        "move the stacked axes to the front of the leaf."
+      )
     object.__setattr__(self, "stack_axes", axes)
     self._check_fields()
 
@@ -76,7 +77,7 @@ class AbstractStructure(abc.ABC):
 
   def layer_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one layer of a stacked leaf."""
-    return tuple(shape[len(self.stack_axes):])
+    return tuple(shape[len(self.stack_axes) :])
 
 
 def normalize_axis(axis: int, ndim: int) -> int:

@@ -33,7 +33,7 @@ class Channel(_base.AbstractStructure):
     self._axis(shape)
 
   def view_shape(self, shape):
-    return (*shape[:len(self.stack_axes)], shape[self._axis(shape)])
+    return (*shape[: len(self.stack_axes)], shape[self._axis(shape)])
 
   def unit_axes(self, shape):
     return (len(self.stack_axes),)

@@ -26,7 +26,9 @@ class FixedFanIn(_base.AbstractStructure):
 
   def _check_fields(self):
     if self.fan_in is not None and not (isinstance(self.fan_in, int) and self.fan_in > 0):
-      raise ValueError(f"FixedFanIn(fan_in={self.fan_in!r}): a positive integer, or None to follow the sparsity, is needed.")
+      raise ValueError(
+        f"FixedFanIn(fan_in={self.fan_in!r}): a positive integer, or None to follow the sparsity, is needed."
+      )
     if isinstance(self.output_axis, list):
       object.__setattr__(self, "output_axis", tuple(self.output_axis))
 

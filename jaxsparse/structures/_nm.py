@@ -33,7 +33,9 @@ class NM(_base.AbstractStructure):
 
   def _check_fields(self):
     if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n < self.m):
-      raise ValueError(f"NM(n={self.n!r}, m={self.m!r}): n of every m entries are kept, so integers 0 < n < m are needed.")
+      raise ValueError(
+        f"NM(n={self.n!r}, m={self.m!r}): n of every m entries are kept, so integers 0 < n < m are needed."
+      )
     if isinstance(self.axis, list):
       object.__setattr__(self, "axis", tuple(self.axis))
 
@@ -49,8 +51,9 @@ class NM(_base.AbstractStructure):
     if self.axis is None:
       if ndim not in (2, 4):
         raise ValueError(
-            f"{self!r} finds the reduction axis by itself only in (in, out) and HWIO kernels: state it with axis=, "
-            "or the axes that stack layers with stack_axes=.")
+          f"{self!r} finds the reduction axis by itself only in (in, out) and HWIO kernels: state it with axis=, "
+          "or the axes that stack layers with stack_axes=."
+        )
       return lead + ndim - 2, lead + ndim - 1
     given = self.axis if isinstance(self.axis, tuple) else (self.axis,)
     axes = [lead + _base.normalize_axis(a, ndim) for a in given]
@@ -73,7 +76,7 @@ class NM(_base.AbstractStructure):
 
   def view_shape(self, shape):
     lo, merged, size = self._merged(shape)
-    return (*merged[:lo], size // self.m, self.m, *merged[lo + 1:])
+    return (*merged[:lo], size // self.m, self.m, *merged[lo + 1 :])
 
   def unit_axes(self, shape):
     return (self._merged(shape)[0] + 1,)
