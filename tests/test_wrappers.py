@@ -66,7 +66,7 @@ def assert_masked(params, masks):
 def test_nothing_to_prune_is_the_inner_optimizer(updater, optimizer):
   inner = laws.OPTIMIZERS[optimizer]()
   params = laws.make_params()
-  plain, plain_state = train(inner, js.no_prune(), params, batches=None) if False else plain_run(optimizer)
+  plain, plain_state = plain_run(optimizer)
   got, state = train(updater.wrap_optax(inner), updater, params)
   assert_same(got, plain, "parameters")
   assert_same(state.inner_state, plain_state, "the inner optimizer's state")
