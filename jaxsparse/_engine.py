@@ -313,7 +313,7 @@ def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
   sparse = [i for i, plan in enumerate(plans) if plan.structure is not None]
   if isinstance(updater.drop, scorers.AbstractModelScorer):
     for i in sparse:
-      nodes[i] = masks_lib.UnsetMask(plans[i].shape, repr(updater))
+      nodes[i] = masks_lib.UnsetMask(plans[i].shape, repr(updater), updater.pack_masks)
     return nodes
   if updater.init is None and updater.forward.storage == "hard":
     new = [jnp.ones(plans[i].shape, bool) for i in sparse]

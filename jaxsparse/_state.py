@@ -186,4 +186,5 @@ def _replace(label: str, node: Any, mask: Any) -> Any:
       raise ValueError(f"{label} holds values other than 0 and 1; a mask is True (or 1) where a weight is kept.")
     mask = mask != 0
   mask = jnp.asarray(mask)
-  return masks_lib.pack(mask) if isinstance(node, masks_lib.PackedMask) else mask
+  packed = isinstance(node, masks_lib.PackedMask) or (isinstance(node, masks_lib.UnsetMask) and node.packed)
+  return masks_lib.pack(mask) if packed else mask
