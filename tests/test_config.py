@@ -11,7 +11,12 @@ import jaxsparse as js
 VARIANTS = {
   "block": {"structure": js.Block((4, 8)), "distribution": js.ERK(power=0.5)},
   "nm": {"structure": js.NM(2, 4, axis=(0, 1), stack_axes=()), "sparsity": None},
-  "fan_in": {"structure": js.FixedFanIn(4, stack_axes=(0,)), "pack_masks": True, "on_mismatch": "skip", "sparsity": None},
+  "fan_in": {
+    "structure": js.FixedFanIn(4, stack_axes=(0,)),
+    "pack_masks": True,
+    "on_mismatch": "skip",
+    "sparsity": None,
+  },
   "rules": {"rules": js.Rules(("embed", None), ("a", 0.5), ("b", js.NM(2, 4)), (".*", (js.Channel(axis=0), 0.25)))},
   "uniform_plus": {"distribution": js.UniformPlus(first="conv_0", last="head", last_density=0.3)},
 }

@@ -99,7 +99,9 @@ def test_files_stay_short():
     assert lines <= 600, f"{path} has {lines} lines; the limit is 600"
 
 
-@pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parent / "references").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+  "path", sorted((pathlib.Path(__file__).parent / "references").glob("*.py")), ids=lambda p: p.name
+)
 def test_references_are_independent(path):
   names = {module.split(".")[0] for module, _ in imports(path)}
   assert not names & {"jaxsparse", "jax", "optax"}, f"{path.name} imports {names}"

@@ -10,8 +10,16 @@ import pytest
 import jaxsparse as js
 from jaxsparse import masks as masks_lib
 
-OLD = {"a": jnp.array([[True, True], [False, False]]), "b": jnp.array([[True, False, False, False]]), "c": optax.MaskedNode()}
-NEW = {"a": jnp.array([[True, False], [True, False]]), "b": jnp.array([[False, False, False, True]]), "c": optax.MaskedNode()}
+OLD = {
+  "a": jnp.array([[True, True], [False, False]]),
+  "b": jnp.array([[True, False, False, False]]),
+  "c": optax.MaskedNode(),
+}
+NEW = {
+  "a": jnp.array([[True, False], [True, False]]),
+  "b": jnp.array([[False, False, False, True]]),
+  "c": optax.MaskedNode(),
+}
 
 
 def floats(report):
@@ -55,7 +63,8 @@ def test_counts():
 
 def test_mask_nbytes():
   plain, packed = (
-    js.static_sparse(sparsity=0.5, pack_masks=p).wrap_optax(optax.sgd(0.1)).init(laws.make_params()) for p in (False, True)
+    js.static_sparse(sparsity=0.5, pack_masks=p).wrap_optax(optax.sgd(0.1)).init(laws.make_params())
+    for p in (False, True)
   )
   assert js.mask_nbytes(js.get_sparsity_state(plain).masks) == 16 * 32 + 32 * 8
   assert js.mask_nbytes(js.get_sparsity_state(packed).masks) == (16 * 32 + 32 * 8) // 8
@@ -73,4 +82,6 @@ def test_grown_weights_count_as_kept():
   masks = js.get_masks(state)
   kernels = {k: p["kernel"] for k, p in params.items()}
   of_masks = float(js.summarize_sparsity(masks)["_total_sparsity"])
-  assert of_masks == pytest.approx(1 - 154 / 768) and float(js.summarize_sparsity(kernels)["_total_sparsity"]) > of_masks
+  assert (
+    of_masks == pytest.approx(1 - 154 / 768) and float(js.summarize_sparsity(kernels)["_total_sparsity"]) > of_masks
+  )

@@ -233,7 +233,10 @@ def test_synflow(rounds):
 def test_synflow_never_collapses_a_layer():
   """With 100 rounds every layer keeps something where one round would empty the wide one (Tanaka et al., figure 1)."""
   rng = np.random.default_rng(0)
-  params = {"a": jnp.asarray(rng.normal(size=(16, 64)), jnp.float32), "b": jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)}
+  params = {
+    "a": jnp.asarray(rng.normal(size=(16, 64)), jnp.float32),
+    "b": jnp.asarray(rng.normal(size=(64, 4)), jnp.float32),
+  }
   flow = lambda p, x: (x @ p["a"] @ p["b"]).sum()
   _, masks = js.synflow(sparsity=0.99).instant_sparsify(params, loss_fn=flow, batches=[jnp.ones((1, 16))])
   assert all(m.any() for m in masks.values())

@@ -44,7 +44,11 @@ def test_sparsity_of_another_type(sparsity):
 @pytest.mark.parametrize(
   "make,kind,words",
   [
-    (lambda: js.magnitude(sparsity=0.5, every=10, start=10, stop=10), ValueError, "stop=10 must be greater than start=10"),
+    (
+      lambda: js.magnitude(sparsity=0.5, every=10, start=10, stop=10),
+      ValueError,
+      "stop=10 must be greater than start=10",
+    ),
     (lambda: js.rigl(sparsity=0.5, start=20, stop=10), ValueError, "stop=10 must be greater than start=20"),
     (lambda: js.rigl(sparsity=0.5), ValueError, "rigl needs stop="),
     (lambda: js.snfs(sparsity=0.5), ValueError, "snfs needs stop="),
@@ -105,9 +109,7 @@ def test_the_error_for_a_130_by_64_kernel():
   updater = js.magnitude(structure=js.NM(2, 4), schedule=ONE_SHOT)
   with pytest.raises(ValueError) as error:
     start(updater, params)
-  want = (
-    "params['mlp']['kernel'] has shape (130, 64); NM(n=2, m=4) needs its reduction axis divisible by 4."
-  )
+  want = "params['mlp']['kernel'] has shape (130, 64); NM(n=2, m=4) needs its reduction axis divisible by 4."
   assert str(error.value).startswith(want), str(error.value)
   assert "('mlp/kernel', None)" in str(error.value) and "on_mismatch='skip'" in str(error.value)
 
@@ -126,7 +128,12 @@ def test_mismatches_can_be_skipped(caplog):
 @pytest.mark.parametrize(
   "updater,params,kind,words",
   [
-    (magnitude(rules=js.Rules(("nothing", 0.5))), zeros(w=(4, 4)), ValueError, "'nothing' matches no leaf. The leaves are: w"),
+    (
+      magnitude(rules=js.Rules(("nothing", 0.5))),
+      zeros(w=(4, 4)),
+      ValueError,
+      "'nothing' matches no leaf. The leaves are: w",
+    ),
     (magnitude(), zeros(b=(4,)), ValueError, "sparsifies no leaf.*fewer than two dimensions"),
     (magnitude(rules=js.Rules((".*", None))), zeros(w=(4, 4)), ValueError, "sparsifies no leaf.*dense by rule"),
     (magnitude(), {}, ValueError, "there are no parameters"),
@@ -250,11 +257,18 @@ def test_first_matching_rule_wins():
     "head": {"w": jnp.ones((8, 8))},
     "free": {"w": jnp.ones((8, 8))},
   }
-  rules = js.Rules(("embed", None), ("mlp/b", 0.25), ("mlp", js.NM(1, 4)), ("head", (js.Block((2, 2)), 0.75)), ("mlp/w", 0.1))
+  rules = js.Rules(
+    ("embed", None), ("mlp/b", 0.25), ("mlp", js.NM(1, 4)), ("head", (js.Block((2, 2)), 0.75)), ("mlp/w", 0.1)
+  )
   updater = magnitude(sparsity=0.5, rules=rules)
   _, masks = updater.instant_sparsify(params)
   assert isinstance(masks["embed"]["w"], optax.MaskedNode)
-  assert [int(m.sum()) for m in (masks["mlp"]["b"], masks["mlp"]["w"], masks["head"]["w"], masks["free"]["w"])] == [6, 16, 16, 32]
+  assert [int(m.sum()) for m in (masks["mlp"]["b"], masks["mlp"]["w"], masks["head"]["w"], masks["free"]["w"])] == [
+    6,
+    16,
+    16,
+    32,
+  ]
   assert (masks["mlp"]["w"].reshape(2, 4, 8).sum(1) == 1).all()
   text = updater.describe(params)
   assert [line.split()[0] for line in text.splitlines()] == ["leaf", "embed/w", "free/w", "head/w", "mlp/b", "mlp/w"]

@@ -155,4 +155,6 @@ def test_impossible_schedules(make):
 
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
 def test_schedules_are_values(schedule):
-  assert eval(repr(schedule), vars(schedules)) == schedule and hash(schedule) == hash(eval(repr(schedule), vars(schedules)))
+  assert eval(repr(schedule), vars(schedules)) == schedule and hash(schedule) == hash(
+    eval(repr(schedule), vars(schedules))
+  )

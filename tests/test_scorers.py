@@ -62,7 +62,9 @@ def test_movement():
 
 def test_adam_fisher_reads_nu():
   nu = np.abs(GRADS[0])
-  np.testing.assert_allclose(scorers.AdamFisher().score((), inputs(grad=None, nu=jnp.asarray(nu))), W**2 * nu / 2, rtol=1e-6)
+  np.testing.assert_allclose(
+    scorers.AdamFisher().score((), inputs(grad=None, nu=jnp.asarray(nu))), W**2 * nu / 2, rtol=1e-6
+  )
   # In training: the state's own nu, as it was before this update.
   updater = js.adam_fisher(sparsity=0.5, schedule=js.schedules.OneShot(1))
   tx = updater.wrap_optax(optax.adam(0.01))
@@ -95,7 +97,13 @@ def test_buffers_are_float32(dtype):
 
 
 @pytest.mark.parametrize(
-  "make", [lambda: scorers.Momentum(1.0), lambda: scorers.Fisher(-0.1), lambda: scorers.Fisher(float("nan")), lambda: scorers.SynFlow(0)]
+  "make",
+  [
+    lambda: scorers.Momentum(1.0),
+    lambda: scorers.Fisher(-0.1),
+    lambda: scorers.Fisher(float("nan")),
+    lambda: scorers.SynFlow(0),
+  ],
 )
 def test_impossible_scorers(make):
   with pytest.raises(ValueError):
