@@ -404,14 +404,24 @@ class ZeroMap:
 
 
 def _try_zeros(inner, leaves) -> bool:
-  tiny = [v if _tree.is_masked_node(v) else jnp.zeros((2,) * v.ndim, v.dtype) for v in leaves.values]
+  # Concrete arrays only: this runs while tracing. One entry is zero among ones, for optimizers that mix entries.
   with jax.ensure_compile_time_eval():
-    params = leaves.treedef.unflatten(tiny)
+    holed = [
+      v if _tree.is_masked_node(v) else jnp.ones((2,) * v.ndim, v.dtype).at[(0,) * v.ndim].set(0) for v in leaves.values
+    ]
+    params = leaves.treedef.unflatten(holed)
+    found: list[bool] = []
+
+    def note(leaf, param):
+      if not _tree.is_masked_node(leaf) and not _tree.is_masked_node(param) and jnp.shape(leaf) == param.shape:
+        found.append(bool(leaf[(0,) * leaf.ndim] == 0))
+      return leaf
+
     try:
-      state = optax.tree.map_params(inner, jnp.zeros_like, inner.init(params))
-      state = inner.update(params, state, params)[1]
-      found: list[bool] = []
-      optax.tree.map_params(inner, lambda leaf: found.append(bool(jnp.all(leaf == 0))), state)
+      state = inner.init(params)
+      for _ in range(2):
+        state = inner.update(params, state, params)[1]
+      optax.tree.map_params(inner, note, state, params, is_leaf=_tree.is_masked_node)
     except (TypeError, ValueError, jax.errors.JAXTypeError):
       # The optimizer wants keyword arguments, or its hyperparameters are traced: nothing is known, so clean twice.
       return False
