@@ -218,7 +218,7 @@ def test_first_step_of_a_regrown_weight_under_adam():
   _, (updates, masks, weights) = jax.jit(lambda c: jax.lax.scan(step, c, length=4004))((params, state))
   updates, masks, weights = (np.asarray(a) for a in (updates, masks, weights))
   grown = masks[4000] & ~masks[3999]
-  assert grown.any() and (updates[4000] == -weights[3999] * ~masks[4000]).all(), "RigL takes no step at a refresh"
+  assert grown.any() and (updates[4000] == -weights[4000] * ~masks[4000]).all(), "RigL takes no step at a refresh"
   first = np.abs(updates[4001][grown]) / 0.01
   assert 3.0 < first.max() <= 3.2, first
   steady = np.abs(updates[3999][masks[3999]]) / 0.01

@@ -13,6 +13,8 @@ import optax
 import pytest
 
 import jaxsparse as js
+from jaxsparse import _engine
+from jaxsparse import _tree
 
 SWAPS = dict(every=2, start=1, stop=11)
 RAMP = dict(every=2, start=1, stop=10)
@@ -213,6 +215,43 @@ def test_masked_around():
   assert isinstance(masks["b"]["kernel"], optax.MaskedNode)
   assert masks["a"]["kernel"].sum() == 512 - int(512 * 0.8)
   assert (np.asarray(params["a"]["kernel"])[~masks["a"]["kernel"]] == 0).all()
+
+
+MIXING = optax.chain(optax.contrib.scale_by_muon(), optax.trace(0.9))  # stores updates that depend on other entries
+
+
+@pytest.mark.parametrize(
+  "optimizer,once",
+  [(o, o not in ("adafactor", "adafactor_full")) for o in laws.OPTIMIZERS] + [("mixing", False)],
+)
+def test_state_is_cleaned_twice_only_where_needed(optimizer, once):
+  """The trial runs while tracing: it must come to a verdict there, and the right one."""
+  inner = MIXING if optimizer == "mixing" else laws.OPTIMIZERS[optimizer]()
+  verdict = []
+
+  def step(params):
+    leaves = _tree.flatten(params)
+    verdict.append(_engine.ZeroMap().keeps_zeros(optax.with_extra_args_support(inner), leaves))
+    return params
+
+  params = {k: {"kernel": p["kernel"]} for k, p in laws.make_params().items()}
+  if optimizer in ("masked", "partition"):
+    params = laws.make_params()
+  jax.eval_shape(step, params)
+  assert verdict == [once]
+
+
+def test_state_that_mixes_entries_is_clean():
+  updater = js.magnitude(sparsity=0.8, schedule=js.schedules.OneShot(1))
+  tx = updater.wrap_optax(optax.chain(MIXING, optax.scale(-0.01)))
+  kernels_only = {k: {"kernel": p["kernel"]} for k, p in laws.make_params().items()}
+  state = tx.init(kernels_only)
+  params, update = kernels_only, jax.jit(tx.update)
+  for _ in range(4):
+    updates, state = update(kernels_only, state, params)
+    params = optax.apply_updates(params, updates)
+  assert_masked(params, js.get_masks(state))
+  assert_masked(state.inner_state[0][1].trace, js.get_masks(state))
 
 
 # -- several updaters ----------------------------------------------------------------------------------------------------
