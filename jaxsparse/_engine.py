@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import _hold
 from jaxsparse import _plan
 from jaxsparse import _state
 from jaxsparse import _tree
@@ -84,7 +85,6 @@ def update(
   nodes = [_state.require_set(node) for node in _tree.match(leaves, state.masks, "the masks in the optimizer state")]
   plans = _plan.make_plan(updater, leaves)
   _check_selection(leaves, plans, nodes)
-  masks = [masks_lib.unpack(node) for node in nodes]
   step = _hard_update if updater.forward.storage == "hard" else _dense_update
   due = updater.schedule.due(state.count)
   sparse = _sparse_leaves(updater, leaves, plans, state, scorer_grads, extra) if updater.schedule.refreshes else []
@@ -95,7 +95,7 @@ def update(
     )
     for leaf in sparse
   ]
-  updates, nodes, inner_state = step(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra)
+  updates, nodes, inner_state = step(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra)
   mask_structure = jax.tree.structure(state.masks, is_leaf=_tree.is_mask_leaf)
   return updates, state._replace(
     count=optax.safe_increment(state.count),
@@ -106,34 +106,35 @@ def update(
   )
 
 
-def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra):
+def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra):
   """Refresh, clean the inner state, mask the gradient, step, project: parameters are masked after every update."""
-  nodes = _refresh_if(updater, due, sparse, masks, nodes, state.count)
+  nodes = _refresh_if(updater, due, sparse, nodes, state.count)
   masks = [masks_lib.unpack(node) for node in nodes]
   mask_tree = leaves.treedef.unflatten(masks)
   inner_state = _clean(inner, state.inner_state, mask_tree)
   masked_grads = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
   masked_params = leaves.treedef.unflatten([_where(m, p) for m, p in zip(masks, leaves.values)])
-  updates, new_inner = inner.update(masked_grads, inner_state, masked_params, **extra)
   if updater.skip_step_when_due and sparse:
-    updates = jax.tree.map(lambda u: jnp.where(due, jnp.zeros_like(u), u), updates)
-    new_inner = jax.tree.map(lambda new, old: jnp.where(due, old, new), new_inner, inner_state)
+    updates, new_inner = _hold.update_unless(due, inner, masked_grads, inner_state, masked_params, extra)
+  else:
+    updates, new_inner = inner.update(masked_grads, inner_state, masked_params, **extra)
   if not zero_map.keeps_zeros(inner, leaves):
     new_inner = _clean(inner, new_inner, mask_tree)
   return _map_grads(leaves, updates, masks, _project), nodes, new_inner
 
 
-def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra):
+def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra):
   """Gradient hook, step, then refresh on the new parameters, so that masks fit the weights that are stored."""
   del zero_map
+  masks = [masks_lib.unpack(node) for node in nodes]
   hooked = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
   updates, new_inner = inner.update(hooked, state.inner_state, leaves.treedef.unflatten(leaves.values), **extra)
   flat = jax.tree.leaves(updates, is_leaf=_tree.is_masked_node)
   moved = [leaf._replace(param=optax.apply_updates(leaf.param, flat[leaf.index])) for leaf in sparse]
-  return updates, _refresh_if(updater, due, moved, masks, nodes, state.count), new_inner
+  return updates, _refresh_if(updater, due, moved, nodes, state.count), new_inner
 
 
-def _refresh_if(updater, due, sparse, masks, nodes, count):
+def _refresh_if(updater, due, sparse, nodes, count):
   """The mask nodes after this update: chosen anew under one `lax.cond` when due, else as they are."""
   if not sparse:
     return nodes
@@ -143,7 +144,7 @@ def _refresh_if(updater, due, sparse, masks, nodes, count):
     new = choose(
       updater,
       sparse,
-      [masks[leaf.index] for leaf in sparse],
+      [masks_lib.unpack(node) for node in old],
       updater.schedule.progress(count),
       updater.schedule.elapsed(count),
     )
@@ -404,8 +405,8 @@ class ZeroMap:
 
 
 def _try_zeros(inner, leaves) -> bool:
-  tiny = [v if _tree.is_masked_node(v) else jnp.zeros((2,) * v.ndim, v.dtype) for v in leaves.values]
   with jax.ensure_compile_time_eval():
+    tiny = [v if _tree.is_masked_node(v) else jnp.zeros((2,) * v.ndim, v.dtype) for v in leaves.values]
     params = leaves.treedef.unflatten(tiny)
     try:
       state = optax.tree.map_params(inner, jnp.zeros_like, inner.init(params))
