@@ -54,7 +54,13 @@ def _summary(x, mask):
   kept = jnp.where(mask, x, jnp.inf).astype(jnp.float32)
   lost = jnp.where(mask, -jnp.inf, x).astype(jnp.float32)
   cut = kept.min()
-  return mask.sum(dtype=jnp.int32), cut, lost.max(), mask & (x.astype(jnp.float32) == cut), ~mask & (x.astype(jnp.float32) == cut)
+  return (
+    mask.sum(dtype=jnp.int32),
+    cut,
+    lost.max(),
+    mask & (x.astype(jnp.float32) == cut),
+    ~mask & (x.astype(jnp.float32) == cut),
+  )
 
 
 def check(x: jax.Array, mask: jax.Array, keep: int) -> bool:
@@ -83,7 +89,9 @@ def main(argv):
   big = gpu if _BIG.value is None else _BIG.value
   shapes = [(16384, 4096)] + ([(16384, 16384)] if big else [])
   kinds = ["float32", "bfloat16", "bfloat16 values in float32", "all equal", "90 % masked"]
-  cases = [(shape, kind, pattern) for shape in shapes for kind, pattern in [(k, "10 %") for k in kinds] + [("float32", "2:4")]]
+  cases = [
+    (shape, kind, pattern) for shape in shapes for kind, pattern in [(k, "10 %") for k in kinds] + [("float32", "2:4")]
+  ]
   rows = []
   for shape, kind, pattern in tqdm.tqdm(cases):
     x = jax.block_until_ready(jax.jit(scores, static_argnums=(0, 1))(kind, shape))
@@ -96,8 +104,14 @@ def main(argv):
       keep = selection.keep_count(x.size, 1 - _DENSITY)
       fn = jax.jit(functools.partial(selection.topk_mask, keep=keep))
       args, exact = (x,), check(x, fn(x), keep)
-    row = {"leaf": f"{shape[0]} x {shape[1]}", "scores": kind, "kept": pattern, "ms": median_ms(fn, *args, reps=reps),
-           "count ms": read, "exact": exact}
+    row = {
+      "leaf": f"{shape[0]} x {shape[1]}",
+      "scores": kind,
+      "kept": pattern,
+      "ms": median_ms(fn, *args, reps=reps),
+      "count ms": read,
+      "exact": exact,
+    }
     if _ARGSORT.value and kind == "float32" and pattern == "10 %":
       row["argsort ms"] = median_ms(jax.jit(by_argsort, static_argnums=1), x, keep, reps=reps if gpu else 1)
     rows.append(row)

@@ -42,8 +42,14 @@ def write_json(path: str | pathlib.Path, rows: Sequence[dict[str, Any]], **extra
   partial.replace(path)
 
 
-def bar_plot(path: str | pathlib.Path, labels: Sequence[str], values: Sequence[float], title: str, xlabel: str,
-             target: float | None = None) -> None:
+def bar_plot(
+  path: str | pathlib.Path,
+  labels: Sequence[str],
+  values: Sequence[float],
+  title: str,
+  xlabel: str,
+  target: float | None = None,
+) -> None:
   """Horizontal bars with their values, and a line at the target."""
   import matplotlib
 

@@ -99,14 +99,24 @@ def main(argv):
     row = {"variant": name}
     for kind in ("step", "update"):
       times, base = np.array(seconds[kind][name]), np.array(seconds[kind]["dense"])
-      row |= {f"{kind} ms": float(np.median(times) * 1e3), f"{kind} ratio": float(np.median(times) / np.median(base)),
-              f"{kind} paired ratio": float(np.median(times / base)), f"{kind} min ratio": float(times.min() / base.min())}
+      row |= {
+        f"{kind} ms": float(np.median(times) * 1e3),
+        f"{kind} ratio": float(np.median(times) / np.median(base)),
+        f"{kind} paired ratio": float(np.median(times / base)),
+        f"{kind} min ratio": float(times.min() / base.min()),
+      }
     rows.append(row)
   report.print_table(rows, list(rows[0]))
   report.write_json(_OUT.value + ".json", rows, rounds=_ROUNDS.value, donate=_DONATE.value)
   shown = [row for row in rows if row["variant"] != "dense"]
-  report.bar_plot(pathlib.Path(_OUT.value + ".png"), [r["variant"] for r in shown], [r["step paired ratio"] for r in shown],
-                  "Training step between refreshes, against Adam alone (5.8M parameters, batch 128)", "step time / dense step time", 1.02)
+  report.bar_plot(
+    pathlib.Path(_OUT.value + ".png"),
+    [r["variant"] for r in shown],
+    [r["step paired ratio"] for r in shown],
+    "Training step between refreshes, against Adam alone (5.8M parameters, batch 128)",
+    "step time / dense step time",
+    1.02,
+  )
 
 
 if __name__ == "__main__":

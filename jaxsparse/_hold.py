@@ -38,8 +38,13 @@ def update_unless(
   split = len(results) - len(old)
   zeros = [jnp.where(hold, jnp.zeros_like(u), u) for u in results[:split]]
   # What is in `held` has been selected; constants and inputs that come out unchanged have not.
-  state = [n if not isinstance(v, core.Literal) and v in held else jnp.where(hold, o, n) for v, o, n in zip(new, old, results[split:])]
-  return jax.tree.unflatten(jax.tree.structure(updates), zeros), jax.tree.unflatten(jax.tree.structure(state_shape), state)
+  state = [
+    n if not isinstance(v, core.Literal) and v in held else jnp.where(hold, o, n)
+    for v, o, n in zip(new, old, results[split:])
+  ]
+  return jax.tree.unflatten(jax.tree.structure(updates), zeros), jax.tree.unflatten(
+    jax.tree.structure(state_shape), state
+  )
 
 
 def _evaluate(closed: Any, arguments: list[Any], hold: jax.Array, held: dict[Any, Any]) -> list[Any]:
