@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
@@ -258,12 +257,24 @@ def plot(records, chunk: int, path: pathlib.Path) -> None:
     masks.plot(updates, 100 * np.asarray(record["sparsity_curve"]), markevery=every, **style)
     kept = 100 * record["parameters_kept"]
     final.errorbar(
-      kept, 100 * record["accuracy_mean"], 100 * record["accuracy_std"], fmt=marker, color=colour, markersize=9, capsize=4
+      kept,
+      100 * record["accuracy_mean"],
+      100 * record["accuracy_std"],
+      fmt=marker,
+      color=colour,
+      markersize=9,
+      capsize=4,
     )
   lowest = min(100 * r["accuracy_mean"] for r in records)
-  curves.set(xlabel="updates", ylabel="test accuracy (%)", title="Accuracy during training", ylim=(min(80, lowest - 5), 100))
-  masks.set(xlabel="updates", ylabel="sparsity of the pruned layers (%)", title="Sparsity during training", ylim=(-3, 103))
-  final.set(xlabel="parameters kept (%, logarithmic)", ylabel="test accuracy (%)", title="At the end: accuracy and size")
+  curves.set(
+    xlabel="updates", ylabel="test accuracy (%)", title="Accuracy during training", ylim=(min(80, lowest - 5), 100)
+  )
+  masks.set(
+    xlabel="updates", ylabel="sparsity of the pruned layers (%)", title="Sparsity during training", ylim=(-3, 103)
+  )
+  final.set(
+    xlabel="parameters kept (%, logarithmic)", ylabel="test accuracy (%)", title="At the end: accuracy and size"
+  )
   final.set_xscale("log")
   final.set_xlim(1.5, 140)
   ticks = (2, 5, 10, 20, 50, 100)
@@ -284,7 +295,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--steps", type=int, default=800, help="updates of each training run")
   parser.add_argument("--seeds", type=int, default=3, help="training runs of each method")
-  parser.add_argument("--rounds", type=int, default=9, help="repetitions of the timing")
+  parser.add_argument("--rounds", type=int, default=25, help="repetitions of the timing")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/quickstart"), help="where files go")
   args = parser.parse_args(argv)
   chunk = max(1, args.steps // 20)
@@ -292,7 +303,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   data = load_digits()
   trainers = [Trainer(method, args.steps, data) for method in methods()]
   total = len(trainers) * args.seeds * (args.steps // chunk) + args.rounds
-  with tqdm.tqdm(total=total, unit="chunk", bar_format="{desc:<26}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+  with tqdm.tqdm(
+    total=total, unit="chunk", bar_format="{desc:<26}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+  ) as bar:
     records, middles = train_all(trainers, args.steps, args.seeds, chunk, bar)
     time_all(trainers, middles, records, chunk, args.rounds, bar)
   result = {
