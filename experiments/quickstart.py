@@ -248,13 +248,14 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 def plot(records, chunk: int, path: pathlib.Path) -> None:
   figure, (curves, masks, final) = plt.subplots(1, 3, figsize=(15, 4.8), constrained_layout=True)
-  for record, colour, marker in zip(records, _COLOURS, _MARKERS):
+  for i, (record, colour, marker) in enumerate(zip(records, _COLOURS, _MARKERS)):
     updates = chunk * np.arange(len(record["sparsity_curve"]))
     style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.5}
     every = max(1, len(updates) // 8)
+    marks = (i % every, every)  # not all in one place, so that lines on top of each other show
     accuracy = 100 * np.mean(record["accuracy_curves"], axis=0)
-    curves.plot(updates[1:], accuracy[1:], markevery=every, label=record["method"], **style)
-    masks.plot(updates, 100 * np.asarray(record["sparsity_curve"]), markevery=every, **style)
+    curves.plot(updates[1:], accuracy[1:], markevery=marks, label=record["method"], **style)
+    masks.plot(updates, 100 * np.asarray(record["sparsity_curve"]), markevery=marks, **style)
     kept = 100 * record["parameters_kept"]
     final.errorbar(
       kept,
@@ -273,7 +274,9 @@ def plot(records, chunk: int, path: pathlib.Path) -> None:
     xlabel="updates", ylabel="sparsity of the pruned layers (%)", title="Sparsity during training", ylim=(-3, 103)
   )
   final.set(
-    xlabel="parameters kept (%, logarithmic)", ylabel="test accuracy (%)", title="At the end: accuracy and size"
+    xlabel="parameters kept (%, logarithmic)",
+    ylabel="test accuracy (%)",
+    title="At the end (mean and deviation of the seeds)",
   )
   final.set_xscale("log")
   final.set_xlim(1.5, 140)
