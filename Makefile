@@ -10,7 +10,9 @@ PYTHON ?= python3
 JAX ?=
 WORKERS ?= 2
 
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+# A name such as python3.12 may be a pyenv shim of a version that is not active: then take that version itself.
+PY := $(shell $(PYTHON) -c '' 2>/dev/null && echo $(PYTHON) || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$(PYTHON) 2>/dev/null | tail -1)
+VERSION := $(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 VENV := .venv-$(VERSION)$(if $(JAX),-jax$(JAX))
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
@@ -38,7 +40,7 @@ clean:
 
 $(VENV)/bin/python:
 	@test -n "$(VERSION)" || { echo "PYTHON=$(PYTHON) does not run, or is older than Python 3.11; name another with make PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments (Debian, Ubuntu: apt-get install python$(VERSION)-venv)." >&2; exit 1; }
+	@$(PY) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PY) cannot make virtual environments (Debian, Ubuntu: apt-get install python$(VERSION)-venv)." >&2; exit 1; }
 
 $(VENV)/.installed-%: setup.py | $(VENV)/bin/python
 	@echo "Installing jaxsparse[$*] into $(VENV) (a minute or so, the first time) ..."
