@@ -12,7 +12,7 @@ WORKERS ?= 2
 
 # A name such as python3.12 may be a pyenv shim of a version that is not active: then take that version itself.
 PY := $(shell $(PYTHON) -c '' 2>/dev/null && echo $(PYTHON) || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$(PYTHON) 2>/dev/null | tail -1)
-VERSION := $(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+VERSION := $(if $(PY),$(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null))
 VENV := .venv-$(VERSION)$(if $(JAX),-jax$(JAX))
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
