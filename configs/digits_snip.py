@@ -1,0 +1,14 @@
+"""Digits, SNIP: pruned before the first step by the loss on ten batches.
+
+python experiments/train.py --config=configs/digits_snip.py --workdir=runs/digits_snip
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits_no_prune
+
+
+def get_config():
+  config = digits_no_prune.get_config()
+  config.updater = ConfigDict(dict(name="snip", sparsity=0.9, distribution="Global"))
+  return config
