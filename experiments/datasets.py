@@ -17,7 +17,8 @@ class Dataset:
   """Images and labels.
 
   Attributes:
-    train_images, test_images: shape=(examples, height, width, 1), float32 in [0, 1].
+    train_images, test_images: shape=(examples, height, width, 1), float32, shifted and scaled to mean 0 and deviation 1
+      over the training images. (On Fashion-MNIST at 90 % sparsity, pixels in [0, 1] cost a point of accuracy.)
     train_labels, test_labels: shape=(examples,), int32.
     classes: number of classes.
   """
@@ -76,20 +77,26 @@ def _digits(data_dir: str | None) -> Dataset:
   from sklearn import datasets as sklearn_datasets  # Imported late: it takes a second that Fashion-MNIST need not wait.
 
   images, labels = sklearn_datasets.load_digits(return_X_y=True)
-  images, labels = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16, labels.astype(np.int32)
+  images, labels = images.reshape(-1, 8, 8, 1), labels
   # The file is sorted by writer; a fixed shuffle gives both parts the same writers. 1437 to train, 360 to test.
   order = np.random.default_rng(0).permutation(len(labels))
   train, test = order[360:], order[:360]
-  return Dataset(images[train], labels[train], images[test], labels[test], classes=10)
+  return _standardized(images[train], labels[train], images[test], labels[test])
 
 
 @functools.lru_cache(maxsize=1)
 def _fashion_mnist(data_dir: str | None) -> Dataset:
   folder = pathlib.Path(data_dir or DEBIAN_FASHION_MNIST).expanduser()
   arrays = [_read_idx(_find(folder, f"{part}-{kind}-ubyte")) for part in ("train", "t10k") for kind in _KINDS]
-  images = [a.astype(np.float32)[..., None] / 255 for a in arrays[::2]]
-  labels = [a.astype(np.int32) for a in arrays[1::2]]
-  return Dataset(images[0], labels[0], images[1], labels[1], classes=10)
+  train_images, train_labels, test_images, test_labels = arrays
+  return _standardized(train_images[..., None], train_labels, test_images[..., None], test_labels)
+
+
+def _standardized(train_images, train_labels, test_images, test_labels) -> Dataset:
+  mean, deviation = np.float32(train_images.mean()), np.float32(train_images.std())
+  images = [(a.astype(np.float32) - mean) / deviation for a in (train_images, test_images)]
+  labels = [a.astype(np.int32) for a in (train_labels, test_labels)]
+  return Dataset(images[0], labels[0], images[1], labels[1], classes=int(labels[0].max()) + 1)
 
 
 _KINDS = ("images-idx3", "labels-idx1")

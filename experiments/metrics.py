@@ -6,8 +6,14 @@ import io
 import json
 import os
 import pathlib
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
 import tensorboardX
+
+import jaxsparse as js
 
 
 class MetricsWriter:
@@ -64,6 +70,20 @@ class MetricsWriter:
 
   def _csv_row(self, row) -> str:
     return _csv_line([repr(row[name]) if name in row else "" for name in self._columns])
+
+
+def weight_sparsity(params: Any, masks: Any) -> dict[str, jax.Array]:
+  """Sparsity by masks of every weight (two dimensions or more) and of all together; works under jit.
+
+  `js.summarize_sparsity(masks)` leaves out what has no mask. Here a weight that the distribution keeps dense counts as
+  kept, so that the total is the sparsity that the updater was asked for.
+  """
+  is_node = lambda x: isinstance(x, optax.MaskedNode)
+
+  def fill(mask, param):
+    return jnp.ones(param.shape, bool) if is_node(mask) and param.ndim >= 2 else mask
+
+  return js.summarize_sparsity(jax.tree.map(fill, masks, params, is_leaf=is_node))
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ from matplotlib import figure
 from matplotlib import ticker
 import ml_collections
 
+from experiments import metrics
 import jaxsparse as js
 
 _BLUE, _ORANGE, _GREY = "#2f6db3", "#d9772b", "#b8bec6"
@@ -38,11 +39,12 @@ def write(
   Returns:
     What report.json holds.
   """
-  sparsity = {k: float(v) for k, v in jax.device_get(js.summarize_sparsity(masks)).items()}
+  sparsity = {k: float(v) for k, v in jax.device_get(metrics.weight_sparsity(params, masks)).items()}
+  masked_names = js.summarize_sparsity(masks)
   layers = []
   for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    masked = name in sparsity
+    masked = name in masked_names
     kept = leaf.size - round(sparsity.get(name, 0.0) * leaf.size)
     layers.append(
       {
@@ -82,7 +84,7 @@ def _markdown(out: dict[str, Any]) -> str:
     f"| steps | {out['steps']:,} |",
     f"| test accuracy | {100 * out['test_accuracy']:.2f} % |",
     f"| test loss | {out['test_loss']:.4f} |",
-    f"| sparsity of the masked layers | {100 * out['sparsity']:.2f} % |",
+    f"| sparsity, over all weights of two dimensions or more | {100 * out['sparsity']:.2f} % |",
     f"| parameters kept, dense ones included | {kept:,} of {total:,} ({100 * kept / total:.2f} %) |",
     "",
     "| layer | shape | sparsity | kept |",
@@ -107,9 +109,9 @@ def _plot_layers(path: pathlib.Path, out: dict[str, Any]) -> None:
     axes.barh(i, percent, color=_BLUE, height=0.65)
     said = f"{percent:.2f} %" if layer["masked"] else "dense"
     axes.text(percent + 1, i, f"{said}  ({layer['kept']:,} of {layer['size']:,} kept)", va="center", fontsize=9)
-  if any(layer["masked"] for layer in layers):
+  if out["sparsity"] > 0:
     axes.axvline(
-      100 * out["sparsity"], color=_ORANGE, linestyle="--", label=f"all masked: {100 * out['sparsity']:.2f} %"
+      100 * out["sparsity"], color=_ORANGE, linestyle="--", label=f"all weights: {100 * out['sparsity']:.2f} %"
     )
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
   names = [f"{layer['name']}\n{' x '.join(map(str, layer['shape']))}" for layer in layers]
@@ -140,9 +142,9 @@ def _plot_curves(path: pathlib.Path, rows: Sequence[dict[str, float]]) -> None:
   names = [name for name in rows[-1] if name.startswith("sparsity/") and not name.endswith("/_total_sparsity")]
   for name in names[:8]:
     _line(sparsity, rows, name, 100, linewidth=1, label=name.removeprefix("sparsity/"))
-  _line(sparsity, rows, "sparsity/_total_sparsity", 100, color="black", linewidth=1.8, label="all masked layers")
+  _line(sparsity, rows, "sparsity/_total_sparsity", 100, color="black", linewidth=1.8, label="all weights")
   if len(names) > 8:
-    sparsity.set_title(f"the first 8 of {len(names)} masked layers", fontsize=9)
+    sparsity.set_title(f"the first 8 of {len(names)} layers", fontsize=9)
   sparsity.set_ylim(-2, 102)
   sparsity.set_ylabel("weights removed (%)")
   sparsity.set_xlabel("step")

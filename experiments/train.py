@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app
 from absl import flags
+from absl import logging
 import jax
 from ml_collections import ConfigDict
 from ml_collections import config_flags
@@ -89,8 +90,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   if updater.forward.storage == "hard":  # Dense storage keeps the weights behind the mask: they may come back.
     params = updater.sparse_params(params, opt_state)
 
-  sparsity = jax.jit(lambda opt_state: js.summarize_sparsity(js.get_masks(opt_state)))
-  layers = {f"sparsity/{name}": name for name in sparsity(opt_state)}
+  sparsity = jax.jit(lambda params, opt_state: metrics.weight_sparsity(params, js.get_masks(opt_state)))
+  layers = {f"sparsity/{name}": name for name in sparsity(params, opt_state)}
   columns = ["train_loss", "train_accuracy", "learning_rate", "test_loss", "test_accuracy", *layers]
 
   workdir = pathlib.Path(workdir).expanduser().resolve()
@@ -111,7 +112,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         if evaluates or step % config.log_every == 0:
           row |= {"learning_rate": learning_rate(step - 1)}
           row |= evaluate(params, opt_state) if evaluates else {}
-          values = sparsity(opt_state)
+          values = sparsity(params, opt_state)
           row |= {column: values[name] for column, name in layers.items()}
           writer.write(step, **jax.device_get(row))
           bar.set_postfix(loss=f"{row['train_loss']:.3f}", sparsity=f"{values['_total_sparsity']:.3f}")
@@ -159,6 +160,8 @@ if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
 
   def main(argv):
+    # Orbax tells of every save at level INFO, which app.run turns on.
+    logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
       raise app.UsageError(f"Unknown arguments: {argv[1:]}. Options look like --config.updater.sparsity=0.95.")
     done = train(config_flag.value, workdir_flag.value)
