@@ -55,6 +55,7 @@ class MetricsWriter:
       file.flush()
     for name, value in values.items():
       self._tensorboard.add_scalar(name, float(value), step)
+    self._tensorboard.flush()  # Its own thread would keep events for two minutes, and a kill would lose them.
 
   def close(self) -> None:
     """Closes the files."""

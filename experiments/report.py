@@ -70,7 +70,7 @@ def write(
   (workdir / "report.json").write_text(json.dumps(out, indent=2) + "\n")
   (workdir / "report.md").write_text(_markdown(out))
   _plot_layers(workdir / "sparsity_per_layer.png", out)
-  _plot_curves(workdir / "curves.png", rows)
+  _plot_curves(workdir / "curves.png", out, rows)
   return out
 
 
@@ -108,7 +108,7 @@ def _plot_layers(path: pathlib.Path, out: dict[str, Any]) -> None:
     percent = 100 * layer["sparsity"]
     axes.barh(i, percent, color=_BLUE, height=0.65)
     said = f"{percent:.2f} %" if layer["masked"] else "dense"
-    axes.text(percent + 1, i, f"{said}  ({layer['kept']:,} of {layer['size']:,} kept)", va="center", fontsize=9)
+    axes.text(103, i, f"{said}  ({layer['kept']:,} of {layer['size']:,} kept)", va="center", fontsize=9)
   if out["sparsity"] > 0:
     axes.axvline(
       100 * out["sparsity"], color=_ORANGE, linestyle="--", label=f"all weights: {100 * out['sparsity']:.2f} %"
@@ -117,8 +117,8 @@ def _plot_layers(path: pathlib.Path, out: dict[str, Any]) -> None:
   names = [f"{layer['name']}\n{' x '.join(map(str, layer['shape']))}" for layer in layers]
   axes.set_yticks(range(len(layers)), names, fontsize=9)
   axes.invert_yaxis()
-  # Room right of 100 % for the labels; the axis itself ends there.
-  axes.set_xlim(0, 150)
+  # Room right of 100 % for the labels.
+  axes.set_xlim(0, 160)
   axes.set_xticks(range(0, 101, 20))
   axes.set_xlabel("weights removed (%)", loc="left")
   axes.spines[["top", "right"]].set_visible(False)
@@ -126,7 +126,7 @@ def _plot_layers(path: pathlib.Path, out: dict[str, Any]) -> None:
   fig.savefig(path)
 
 
-def _plot_curves(path: pathlib.Path, rows: Sequence[dict[str, float]]) -> None:
+def _plot_curves(path: pathlib.Path, out: dict[str, Any], rows: Sequence[dict[str, float]]) -> None:
   """Loss, accuracy and sparsity over the steps, under one another."""
   fig = figure.Figure(figsize=(8, 8), layout="constrained", dpi=120)
   loss, accuracy, sparsity = fig.subplots(3, 1, sharex=True)
@@ -137,18 +137,29 @@ def _plot_curves(path: pathlib.Path, rows: Sequence[dict[str, float]]) -> None:
     axes.legend(frameon=False, fontsize=9)
   # A diverged start must not flatten the rest.
   loss.set_yscale("log")
-  loss.yaxis.set_major_formatter(ticker.ScalarFormatter())
+  loss.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  loss.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
   loss.yaxis.set_minor_formatter(ticker.NullFormatter())
   names = [name for name in rows[-1] if name.startswith("sparsity/") and not name.endswith("/_total_sparsity")]
   for name in names[:8]:
-    _line(sparsity, rows, name, 100, linewidth=1, label=name.removeprefix("sparsity/"))
-  _line(sparsity, rows, "sparsity/_total_sparsity", 100, color="black", linewidth=1.8, label="all weights")
+    _line(sparsity, rows, name, 100, linewidth=1.2, drawstyle="steps-post", label=name.removeprefix("sparsity/"))
+  _line(
+    sparsity,
+    rows,
+    "sparsity/_total_sparsity",
+    100,
+    color="black",
+    linewidth=1.8,
+    drawstyle="steps-post",
+    label="all weights",
+  )
   if len(names) > 8:
     sparsity.set_title(f"the first 8 of {len(names)} layers", fontsize=9)
   sparsity.set_ylim(-2, 102)
   sparsity.set_ylabel("weights removed (%)")
   sparsity.set_xlabel("step")
   sparsity.legend(frameon=False, fontsize=9, ncols=2)
+  fig.suptitle(f"{out['updater']} on {out['config']['dataset']}", fontsize=10, wrap=True)
   for axes in (loss, accuracy, sparsity):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
