@@ -1,6 +1,8 @@
 """Digits, magnitude pruning in which all layers compete.
 
-python experiments/train.py --config=configs/digits_global_magnitude.py --workdir=runs/digits_global_magnitude
+    python experiments/train.py --config=configs/digits_global_magnitude.py --workdir=runs/digits_global_magnitude
+
+About 20 s on two CPU cores. Test accuracy 95.6 % at 95 % sparsity (seed 0, 360 images: one image is 0.3 points).
 """
 
 from ml_collections import ConfigDict

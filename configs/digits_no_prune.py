@@ -1,6 +1,8 @@
 """Digits, dense: the baseline that the other digits configurations start from.
 
-python experiments/train.py --config=configs/digits_no_prune.py --workdir=runs/digits_no_prune
+    python experiments/train.py --config=configs/digits_no_prune.py --workdir=runs/digits_no_prune
+
+About 20 s on two CPU cores. Test accuracy 98.6 % (seed 0, 360 images: one image is 0.3 points).
 """
 
 from ml_collections import ConfigDict

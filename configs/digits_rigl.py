@@ -1,6 +1,8 @@
 """Digits, RigL: the smallest weights go, those of largest gradient grow.
 
-python experiments/train.py --config=configs/digits_rigl.py --workdir=runs/digits_rigl
+    python experiments/train.py --config=configs/digits_rigl.py --workdir=runs/digits_rigl
+
+About 20 s on two CPU cores. Test accuracy 97.5 % at 90 % sparsity (seed 0, 360 images: one image is 0.3 points).
 """
 
 from ml_collections import ConfigDict

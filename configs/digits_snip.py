@@ -1,6 +1,8 @@
 """Digits, SNIP: pruned before the first step by the loss on ten batches.
 
-python experiments/train.py --config=configs/digits_snip.py --workdir=runs/digits_snip
+    python experiments/train.py --config=configs/digits_snip.py --workdir=runs/digits_snip
+
+About 20 s on two CPU cores. Test accuracy 97.2 % at 90 % sparsity (seed 0, 360 images: one image is 0.3 points).
 """
 
 from ml_collections import ConfigDict

