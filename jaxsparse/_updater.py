@@ -104,6 +104,11 @@ class Updater:
       arguments = [(k, v) for k, v in arguments if v != defaults[k]]
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
 
+  @property
+  def prunes_at_init(self) -> bool:
+    """Whether masks come from `instant_sparsify` and `set_masks` before the first step (SNIP, GraSP, SynFlow)."""
+    return isinstance(self.drop, scorers.AbstractModelScorer)
+
   # -- training ------------------------------------------------------------------------------------------------------
 
   def wrap_optax(
