@@ -4,6 +4,7 @@ Everything here works on flat lists, one item a leaf of the parameters; leaves t
 without a structure and a MaskedNode for a mask, and pass untouched.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -42,11 +43,10 @@ def init(
   """The state before the first update."""
   leaves = _tree.flatten(params)
   plans = _plan.make_plan(updater, leaves)
-  count = jnp.zeros((), jnp.int32)
   data = key_data(key)
-  masks = _initial_masks(updater, leaves, plans, data, count)
+  masks = _initial_masks(updater, leaves, plans, data)
   return _state.SparsityState(
-    count=count,
+    count=jnp.zeros((), jnp.int32),
     key=data,
     masks=leaves.treedef.unflatten(masks),
     drop_state=_scorer_states(updater.drop, leaves, plans) if updater.schedule.refreshes else (),
@@ -308,7 +308,7 @@ def _find_extra(name: str, leaves, inner_state, extra) -> list[Any]:
   return _tree.match(leaves, tree, repr(name))
 
 
-def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
+def _initial_masks(updater, leaves, plans, data) -> list[Any]:
   """Masks before the first update, in the storage they are kept in."""
   nodes = [optax.MaskedNode()] * len(plans)
   sparse = [i for i, plan in enumerate(plans) if plan.structure is not None]
@@ -316,24 +316,31 @@ def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
     for i in sparse:
       nodes[i] = masks_lib.UnsetMask(plans[i].shape, repr(updater))
     return nodes
-  if updater.init is None and updater.forward.storage == "hard":
-    new = [jnp.ones(plans[i].shape, bool) for i in sparse]
-  else:
-    scorer = updater.init or updater.drop
-    key = jax.random.wrap_key_data(data, impl="threefry2x32")
-    first = [
-      Leaf(i, plans[i], leaves.values[i], None, jax.random.fold_in(key, i), {}, scorer.init(leaves.values[i]), ())
-      for i in sparse
-    ]
-    progress = (
-      updater.schedule.progress(count) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
-    )
-    scores = [leaf.plan.structure.to_units(scorer.score(leaf.drop_state, leaf.inputs)) for leaf in first]
-    units = _prune(updater, first, scores, None, progress)
-    new = [leaf.plan.structure.from_units(u, leaf.plan.shape) for leaf, u in zip(first, units)]
+  new = _first_masks(updater, tuple(plans[i] for i in sparse), tuple(sparse), [leaves.values[i] for i in sparse], data)
   for i, mask in zip(sparse, new):
-    nodes[i] = masks_lib.pack(mask) if updater.pack_masks else mask
+    nodes[i] = mask
   return nodes
+
+
+# Compiled once for an updater and a model, also where tx.init runs outside jit.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _first_masks(updater, plans, indices, values, data):
+  """Masks of the sparsified leaves by `init`, by the weights (dense storage), or all kept."""
+  scorer = updater.init or (updater.drop if updater.forward.storage == "dense" else None)
+  if scorer is None or scorer.uses_gradient or scorer.needs:
+    masks = [jnp.ones(plan.shape, bool) for plan in plans]
+  else:
+    key = jax.random.wrap_key_data(data, impl="threefry2x32")
+    sparse = [
+      Leaf(i, plan, value, None, jax.random.fold_in(key, i), {}, scorer.init(value), ())
+      for i, plan, value in zip(indices, plans, values)
+    ]
+    # A mask by `init` has its final sparsity at once, unless a ramp starts below it.
+    start = updater.schedule.progress(0) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
+    scores = [leaf.plan.structure.to_units(scorer.score(leaf.drop_state, leaf.inputs)) for leaf in sparse]
+    units = _prune(updater, sparse, scores, None, start)
+    masks = [plan.structure.from_units(u, plan.shape) for plan, u in zip(plans, units)]
+  return [masks_lib.pack(mask) if updater.pack_masks else mask for mask in masks]
 
 
 def _scorer_states(scorer, leaves, plans):

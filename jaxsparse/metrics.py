@@ -105,9 +105,7 @@ def _kept(params, masks) -> dict[str, int]:
 def _mask_leaves(tree: Any) -> dict[str, Any]:
   paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_mask_leaf)[0]
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): masks_lib.unpack(node)
-    if isinstance(node, masks_lib.PackedMask)
-    else _tree.to_array(node)
+    _tree.leaf_name(path): masks_lib.unpack(node) if isinstance(node, masks_lib.PackedMask) else _tree.to_array(node)
     for path, node in paths
     if not _tree.is_masked_node(node)
   }
