@@ -314,7 +314,7 @@ def _initial_masks(updater, leaves, plans, data) -> list[Any]:
   sparse = [i for i, plan in enumerate(plans) if plan.structure is not None]
   if isinstance(updater.drop, scorers.AbstractModelScorer):
     for i in sparse:
-      nodes[i] = masks_lib.UnsetMask(plans[i].shape, repr(updater))
+      nodes[i] = masks_lib.UnsetMask(plans[i].shape, repr(updater), updater.pack_masks)
     return nodes
   new = _first_masks(updater, tuple(plans[i] for i in sparse), tuple(sparse), [leaves.values[i] for i in sparse], data)
   for i, mask in zip(sparse, new):

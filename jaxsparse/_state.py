@@ -1,6 +1,7 @@
 """The state that an updater keeps in the optimizer state, and how to find and replace it there."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -82,18 +83,9 @@ def get_masks(opt_state: Any, tag: str | None = None) -> Any:
     ValueError: if there is no updater, two of them mask the same leaf, or masks have not been set yet.
   """
   states = _find(opt_state, tag)
-  trees = [s.masks for s in states]
-  merged = [_tree.mask_leaves(tree) for tree in trees]
-  if len({len(nodes) for nodes in merged}) > 1:
-    raise ValueError("The optimizer state holds updaters over different models: name one with tag=.")
-  out = []
-  for nodes in zip(*merged):
-    real = [n for n in nodes if not _tree.is_masked_node(n)]
-    if len(real) > 1:
-      raise ValueError(f"{len(real)} updaters mask the same leaf of shape {real[0].shape}: name one with tag=.")
-    out.append(require_set(real[0]) if real else optax.MaskedNode())
-  structure = jax.tree.structure(trees[0], is_leaf=_tree.is_mask_leaf)
-  return structure.unflatten([masks_lib.unpack(m) if not _tree.is_masked_node(m) else m for m in out])
+  merged = functools.reduce(_merge, [s.masks for s in states])
+  unpack = lambda node: node if _tree.is_masked_node(node) else masks_lib.unpack(require_set(node))
+  return jax.tree.map(unpack, merged, is_leaf=_tree.is_mask_leaf)
 
 
 def set_masks(opt_state: Any, masks: Any, tag: str | None = None) -> Any:
@@ -146,6 +138,18 @@ def require_set(node: Any) -> Any:
   return node
 
 
+def _merge(a: Any, b: Any) -> Any:
+  """One mask tree from two over different leaves; a MaskedNode may stand for a whole branch (`optax.partition`)."""
+  if _tree.is_masked_node(a) or _tree.is_masked_node(b):
+    return b if _tree.is_masked_node(a) else a
+  if _tree.is_mask_leaf(a) and _tree.is_mask_leaf(b):
+    raise ValueError(f"2 updaters mask the same leaf of shape {tuple(a.shape)}: name one with tag=.")
+  (branches, structure), (others, other) = (jax.tree.flatten(x, is_leaf=lambda y, x=x: y is not x) for x in (a, b))
+  if structure != other:
+    raise ValueError("The optimizer state holds updaters over different models: name one with tag=.")
+  return structure.unflatten([_merge(x, y) for x, y in zip(branches, others, strict=True)])
+
+
 def _find(opt_state: Any, tag: str | None) -> list[SparsityState]:
   leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, SparsityState))
   states = [_plain(x) for x in leaves if isinstance(x, SparsityState)]
@@ -187,4 +191,5 @@ def _replace(label: str, node: Any, mask: Any) -> Any:
       raise ValueError(f"{label} holds values other than 0 and 1; a mask is True (or 1) where a weight is kept.")
     mask = mask != 0
   mask = jnp.asarray(mask)
-  return masks_lib.pack(mask) if isinstance(node, masks_lib.PackedMask) else mask
+  packed = isinstance(node, masks_lib.PackedMask) or (isinstance(node, masks_lib.UnsetMask) and node.packed)
+  return masks_lib.pack(mask) if packed else mask

@@ -67,8 +67,13 @@ def to_array(leaf: Any) -> Any:
 
 
 def match(leaves: Leaves, other: Any, what: str) -> list[Any]:
-  """The nodes of a mask tree beside the leaves of the parameters; ValueError where the trees differ."""
+  """The nodes of a mask tree beside the leaves of the parameters; ValueError where the trees differ.
+
+  A MaskedNode may stand for a whole branch, as `optax.masked` and `optax.partition` make it from prefix trees.
+  """
   paths = jax.tree_util.tree_flatten_with_path(other, is_leaf=is_mask_leaf)[0]
+  if len(paths) != len(leaves.values):
+    paths = _spread(leaves.names, paths)
   if len(paths) != len(leaves.values):
     have = {leaf_name(path) for path, _ in paths}
     want = set(leaves.names)
@@ -79,6 +84,16 @@ def match(leaves: Leaves, other: Any, what: str) -> list[Any]:
   nodes = [node for _, node in paths]
   check_shapes(leaves, nodes, what)
   return nodes
+
+
+def _spread(names: list[str], paths: list[Any]) -> list[Any]:
+  """Repeats every MaskedNode for all leaves of the branch that it stands for."""
+  out = []
+  for path, node in paths:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    branch = [n for n in names if n.startswith(name + "/")] if is_masked_node(node) else []
+    out += [(path, node)] * max(len(branch), 1)
+  return out
 
 
 def check_shapes(leaves: Leaves, nodes: Sequence[Any], what: str) -> None:

@@ -40,10 +40,12 @@ class UnsetMask:
   Attributes:
     shape: shape of the mask, static.
     owner: the updater, as it prints.
+    packed: whether the mask will be stored packed, static.
   """
 
   shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
   owner: str = dataclasses.field(metadata={"static": True})
+  packed: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def pack(mask: jax.Array) -> PackedMask:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,8 +14,23 @@ import pytest
 
 from jaxsparse import selection as sel
 
-pytestmark = pytest.mark.filterwarnings("error")
-topk = jax.jit(sel.topk_mask, static_argnames="axis")
+
+PATHS = ("bisection", "search")  # what small and large leaves take
+
+
+@functools.lru_cache(maxsize=None)
+def jitted(name, path, static):
+  return jax.jit(functools.partial(getattr(sel, name)), static_argnames=static)
+
+
+def run(name, path, *args, **static):
+  """A jitted function of selection.py on one of the two ways to a threshold (chosen while tracing)."""
+  with mock.patch.object(sel, "_SMALL_SIZE", {"bisection": 1 << 62, "search": 0}[path]):
+    return jitted(name, path, tuple(static))(*args, **static)
+
+
+def topk(scores, keep, axis=None, path="bisection"):
+  return run("topk_mask", path, scores, keep, axis=axis)
 
 
 def norm_axes(axis, ndim):
@@ -101,9 +117,15 @@ DTYPES = [jnp.bfloat16, jnp.float16, jnp.int32]
 CASES = [(*layout, dtype) for i, layout in enumerate(LAYOUTS) for dtype in (jnp.float32, DTYPES[i % 3])]
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
-@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from(CASES), st.sampled_from(STYLES), st.booleans())
-def test_matches_reference(seed, case, style, per_group):
+@pytest.mark.parametrize("path", PATHS)
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+  seed=st.integers(0, 2**32 - 1),
+  case=st.sampled_from(CASES),
+  style=st.sampled_from(STYLES),
+  per_group=st.booleans(),
+)
+def test_matches_reference(path, seed, case, style, per_group):
   shape, axis, dtype = case
   rng = np.random.default_rng(seed)
   with np.errstate(all="ignore"):
@@ -111,26 +133,28 @@ def test_matches_reference(seed, case, style, per_group):
   units = int(np.prod([shape[a] for a in norm_axes(axis, len(shape))]))
   keep = rng.integers(-1, units + 2, group_shape(shape, axis) if per_group else ())
   keep = np.broadcast_to(keep, group_shape(shape, axis))  # one compile for both
-  mask = topk(scores, jnp.asarray(keep, jnp.int32), axis=axis)
+  mask = topk(scores, jnp.asarray(keep, jnp.int32), axis, path)
   np.testing.assert_array_equal(mask, reference(scores, keep, axis))
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [jnp.uint32, jnp.int8, jnp.uint8, jnp.uint16, bool, jnp.int32])
-def test_integer_extremes(dtype):
+def test_integer_extremes(dtype, path):
   ends = [0, 1] if dtype == bool else [jnp.iinfo(dtype).min, jnp.iinfo(dtype).max, 5]
   x = jnp.asarray(np.random.default_rng(0).choice(np.array(ends, dtype), 300))
   for keep in (0, 1, 99, 150, 299, 300):
-    np.testing.assert_array_equal(topk(x, keep), reference(x, keep, None))
+    np.testing.assert_array_equal(topk(x, keep, path=path), reference(x, keep, None))
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
   "shape,axis,keep",
   [((512, 700), None, 35840), ((512, 700), None, 11), ((512, 700), 0, 51), ((3, 300, 400), (1, 2), 9999)],
 )
-def test_large(style, shape, axis, keep):
+def test_large(path, style, shape, axis, keep):
   scores = jnp.asarray(draw_scores(np.random.default_rng(3), shape, style))
-  np.testing.assert_array_equal(topk(scores, keep, axis=axis), reference(scores, keep, axis))
+  np.testing.assert_array_equal(topk(scores, keep, axis, path), reference(scores, keep, axis))
 
 
 @pytest.mark.parametrize("style", ["normal", "ties", "odd"])
@@ -147,10 +171,11 @@ def test_vmap_scan_cond(style):
   np.testing.assert_array_equal(scan(x, keep)[1:], want[1:])
 
 
-def test_subnormals_and_zeros():
+@pytest.mark.parametrize("path", PATHS)
+def test_subnormals_and_zeros(path):
   x = jnp.array([-0.0, 0.0, 1e-45, -1e-45, 2e-45] * 20, jnp.float32)
   for keep in (20, 33, 40, 50, 90):
-    np.testing.assert_array_equal(topk(x, keep), reference(x, keep, None))
+    np.testing.assert_array_equal(topk(x, keep, path=path), reference(x, keep, None))
 
 
 def test_keep_count():
@@ -198,36 +223,34 @@ def reference_counts(scores, total, sizes):
   return kept
 
 
-joint = jax.jit(sel.global_keep_counts, static_argnames="unit_sizes")
-
-
-@hypothesis.settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("path", PATHS)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
-  st.integers(0, 2**32 - 1),
-  st.sampled_from(["normal", "ties", "sparse", "equal"]),
-  st.sampled_from([(1, 1, 1), (16, 1, 4)]),
+  seed=st.integers(0, 2**32 - 1),
+  style=st.sampled_from(["normal", "ties", "sparse", "equal"]),
+  sizes=st.sampled_from([(1, 1, 1), (16, 1, 4)]),
 )
-def test_global_keep_counts(seed, style, sizes):
+def test_global_keep_counts(path, seed, style, sizes):
   rng = np.random.default_rng(seed)
   arrays = [draw_scores(rng, s, style) for s in ((20, 30), (50,), (4, 5, 6))]
   arrays = [np.where(np.isneginf(a), np.nan, a) for a in arrays]
   scores = [jnp.asarray(a, d) for a, d in zip(arrays, (jnp.float32, jnp.bfloat16, jnp.float32))]
   total = int(rng.integers(0, 1 + sum(w * s.size for w, s in zip(sizes, scores))))
-  got = joint(scores, total, unit_sizes=sizes)
+  got = run("global_keep_counts", path, scores, total, unit_sizes=sizes)
   assert all(g.shape == () and g.dtype == jnp.int32 for g in got)
   assert [int(g) for g in got] == reference_counts(scores, total, sizes)
   if sizes == (1, 1, 1):
     assert sum(int(g) for g in got) == total
 
 
-step = jax.jit(sel.drop_and_grow, static_argnames="axis")
-
-
-@hypothesis.settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("path", PATHS)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
-  st.integers(0, 2**32 - 1), st.sampled_from(STYLES), st.sampled_from([((40, 30), None), ((10, 4, 6), 1), ((50, 8), 0)])
+  seed=st.integers(0, 2**32 - 1),
+  style=st.sampled_from(STYLES),
+  layout=st.sampled_from([((40, 30), None), ((10, 4, 6), 1), ((50, 8), 0)]),
 )
-def test_drop_and_grow(seed, style, layout):
+def test_drop_and_grow(path, seed, style, layout):
   shape, axis = layout
   rng = np.random.default_rng(seed)
   drop, grow = (draw_scores(rng, shape, style) for _ in range(2))
@@ -242,7 +265,7 @@ def test_drop_and_grow(seed, style, layout):
     new[(kept + more[: max(0, after_grow[at] - len(kept))])] = True
     return new
 
-  got = step(mask, drop, grow, jnp.asarray(after_drop), jnp.asarray(after_grow), axis=axis)
+  got = run("drop_and_grow", path, mask, drop, grow, jnp.asarray(after_drop), jnp.asarray(after_grow), axis=axis)
   np.testing.assert_array_equal(got, by_group(one, axis, bool, mask, drop, grow))
 
 
@@ -302,7 +325,7 @@ def test_sharded():
     os.environ,
     XLA_FLAGS="--xla_force_host_platform_device_count=8",
     JAX_PLATFORMS="cpu",
-    PYTHONPATH=os.path.dirname(os.path.abspath(__file__)),
+    PYTHONPATH=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
   )
   done = subprocess.run([sys.executable, "-W", "error", "-c", SHARDED], env=env, capture_output=True, text=True)
   assert done.returncode == 0 and "sharded ok" in done.stdout, done.stdout + done.stderr[-3000:]

@@ -1,0 +1,1 @@
+"""Slow, obvious NumPy versions of what jaxsparse computes. Nothing here may import jaxsparse."""
