@@ -10,6 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxsparse/__init__.py").re
 
 EXTRAS = {
   "nn": ["flax>=0.12"],
+  "quickstart": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.66"],
+  "lint": ["ruff>=0.12"],
   "experiments": [
     "flax>=0.12",
     "matplotlib>=3.8",

@@ -4,12 +4,14 @@ Everything here works on flat lists, one item a leaf of the parameters; leaves t
 without a structure and a MaskedNode for a mask, and pass untouched.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import _hold
 from jaxsparse import _plan
 from jaxsparse import _state
 from jaxsparse import _tree
@@ -41,11 +43,10 @@ def init(
   """The state before the first update."""
   leaves = _tree.flatten(params)
   plans = _plan.make_plan(updater, leaves)
-  count = jnp.zeros((), jnp.int32)
   data = key_data(key)
-  masks = _initial_masks(updater, leaves, plans, data, count)
+  masks = _initial_masks(updater, leaves, plans, data)
   return _state.SparsityState(
-    count=count,
+    count=jnp.zeros((), jnp.int32),
     key=data,
     masks=leaves.treedef.unflatten(masks),
     drop_state=_scorer_states(updater.drop, leaves, plans) if updater.schedule.refreshes else (),
@@ -84,7 +85,6 @@ def update(
   nodes = [_state.require_set(node) for node in _tree.match(leaves, state.masks, "the masks in the optimizer state")]
   plans = _plan.make_plan(updater, leaves)
   _check_selection(leaves, plans, nodes)
-  masks = [masks_lib.unpack(node) for node in nodes]
   step = _hard_update if updater.forward.storage == "hard" else _dense_update
   due = updater.schedule.due(state.count)
   sparse = _sparse_leaves(updater, leaves, plans, state, scorer_grads, extra) if updater.schedule.refreshes else []
@@ -95,7 +95,7 @@ def update(
     )
     for leaf in sparse
   ]
-  updates, nodes, inner_state = step(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra)
+  updates, nodes, inner_state = step(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra)
   mask_structure = jax.tree.structure(state.masks, is_leaf=_tree.is_mask_leaf)
   return updates, state._replace(
     count=optax.safe_increment(state.count),
@@ -106,34 +106,35 @@ def update(
   )
 
 
-def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra):
+def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra):
   """Refresh, clean the inner state, mask the gradient, step, project: parameters are masked after every update."""
-  nodes = _refresh_if(updater, due, sparse, masks, nodes, state.count)
+  nodes = _refresh_if(updater, due, sparse, nodes, state.count)
   masks = [masks_lib.unpack(node) for node in nodes]
   mask_tree = leaves.treedef.unflatten(masks)
   inner_state = _clean(inner, state.inner_state, mask_tree)
   masked_grads = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
   masked_params = leaves.treedef.unflatten([_where(m, p) for m, p in zip(masks, leaves.values)])
-  updates, new_inner = inner.update(masked_grads, inner_state, masked_params, **extra)
   if updater.skip_step_when_due and sparse:
-    updates = jax.tree.map(lambda u: jnp.where(due, jnp.zeros_like(u), u), updates)
-    new_inner = jax.tree.map(lambda new, old: jnp.where(due, old, new), new_inner, inner_state)
+    updates, new_inner = _hold.update_unless(due, inner, masked_grads, inner_state, masked_params, extra)
+  else:
+    updates, new_inner = inner.update(masked_grads, inner_state, masked_params, **extra)
   if not zero_map.keeps_zeros(inner, leaves):
     new_inner = _clean(inner, new_inner, mask_tree)
   return _map_grads(leaves, updates, masks, _project), nodes, new_inner
 
 
-def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, masks, nodes, due, extra):
+def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra):
   """Gradient hook, step, then refresh on the new parameters, so that masks fit the weights that are stored."""
   del zero_map
+  masks = [masks_lib.unpack(node) for node in nodes]
   hooked = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
   updates, new_inner = inner.update(hooked, state.inner_state, leaves.treedef.unflatten(leaves.values), **extra)
   flat = jax.tree.leaves(updates, is_leaf=_tree.is_masked_node)
   moved = [leaf._replace(param=optax.apply_updates(leaf.param, flat[leaf.index])) for leaf in sparse]
-  return updates, _refresh_if(updater, due, moved, masks, nodes, state.count), new_inner
+  return updates, _refresh_if(updater, due, moved, nodes, state.count), new_inner
 
 
-def _refresh_if(updater, due, sparse, masks, nodes, count):
+def _refresh_if(updater, due, sparse, nodes, count):
   """The mask nodes after this update: chosen anew under one `lax.cond` when due, else as they are."""
   if not sparse:
     return nodes
@@ -143,7 +144,7 @@ def _refresh_if(updater, due, sparse, masks, nodes, count):
     new = choose(
       updater,
       sparse,
-      [masks[leaf.index] for leaf in sparse],
+      [masks_lib.unpack(node) for node in old],
       updater.schedule.progress(count),
       updater.schedule.elapsed(count),
     )
@@ -307,7 +308,7 @@ def _find_extra(name: str, leaves, inner_state, extra) -> list[Any]:
   return _tree.match(leaves, tree, repr(name))
 
 
-def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
+def _initial_masks(updater, leaves, plans, data) -> list[Any]:
   """Masks before the first update, in the storage they are kept in."""
   nodes = [optax.MaskedNode()] * len(plans)
   sparse = [i for i, plan in enumerate(plans) if plan.structure is not None]
@@ -315,24 +316,31 @@ def _initial_masks(updater, leaves, plans, data, count) -> list[Any]:
     for i in sparse:
       nodes[i] = masks_lib.UnsetMask(plans[i].shape, repr(updater), updater.pack_masks)
     return nodes
-  if updater.init is None and updater.forward.storage == "hard":
-    new = [jnp.ones(plans[i].shape, bool) for i in sparse]
-  else:
-    scorer = updater.init or updater.drop
-    key = jax.random.wrap_key_data(data, impl="threefry2x32")
-    first = [
-      Leaf(i, plans[i], leaves.values[i], None, jax.random.fold_in(key, i), {}, scorer.init(leaves.values[i]), ())
-      for i in sparse
-    ]
-    progress = (
-      updater.schedule.progress(count) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
-    )
-    scores = [leaf.plan.structure.to_units(scorer.score(leaf.drop_state, leaf.inputs)) for leaf in first]
-    units = _prune(updater, first, scores, None, progress)
-    new = [leaf.plan.structure.from_units(u, leaf.plan.shape) for leaf, u in zip(first, units)]
+  new = _first_masks(updater, tuple(plans[i] for i in sparse), tuple(sparse), [leaves.values[i] for i in sparse], data)
   for i, mask in zip(sparse, new):
-    nodes[i] = masks_lib.pack(mask) if updater.pack_masks else mask
+    nodes[i] = mask
   return nodes
+
+
+# Compiled once for an updater and a model, also where tx.init runs outside jit.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _first_masks(updater, plans, indices, values, data):
+  """Masks of the sparsified leaves by `init`, by the weights (dense storage), or all kept."""
+  scorer = updater.init or (updater.drop if updater.forward.storage == "dense" else None)
+  if scorer is None or scorer.uses_gradient or scorer.needs:
+    masks = [jnp.ones(plan.shape, bool) for plan in plans]
+  else:
+    key = jax.random.wrap_key_data(data, impl="threefry2x32")
+    sparse = [
+      Leaf(i, plan, value, None, jax.random.fold_in(key, i), {}, scorer.init(value), ())
+      for i, plan, value in zip(indices, plans, values)
+    ]
+    # A mask by `init` has its final sparsity at once, unless a ramp starts below it.
+    start = updater.schedule.progress(0) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
+    scores = [leaf.plan.structure.to_units(scorer.score(leaf.drop_state, leaf.inputs)) for leaf in sparse]
+    units = _prune(updater, sparse, scores, None, start)
+    masks = [plan.structure.from_units(u, plan.shape) for plan, u in zip(plans, units)]
+  return [masks_lib.pack(mask) if updater.pack_masks else mask for mask in masks]
 
 
 def _scorer_states(scorer, leaves, plans):

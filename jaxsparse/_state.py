@@ -178,7 +178,8 @@ def _replace(label: str, node: Any, mask: Any) -> Any:
     if mask is None or _tree.is_masked_node(mask) or bool(np.all(np.asarray(_tree.to_array(mask)) != 0)):
       return node
     raise ValueError(
-      f"{label} removes weights of a leaf that the updater leaves dense; select it by the updater's rules."
+      f"{label} removes weights of a leaf that the updater leaves dense: by a rule, or because "
+      "its distribution gives the leaf no share of the sparsity (Uniform() gives every leaf the same)."
     )
   if mask is None or _tree.is_masked_node(mask):
     raise ValueError(f"{label} is missing: the updater sparsifies this leaf (shape {tuple(node.shape)}).")

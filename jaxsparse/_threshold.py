@@ -3,7 +3,7 @@
 A leaf is often hundreds of MB and sharded, so everything here works on its natural shape with plain reductions. Scores
 are compared as order-preserving integer keys computed on the fly inside each pass: integers give -0.0 == +0.0, one
 lowest rank for every NaN, and exact order of subnormals, which float compares flush to zero on CPU. A search then
-narrows an interval of keys by counting, per pass, how many keys reach each of `_PIVOTS` pivots.
+narrows an interval of keys by counting, per pass, how many keys reach each of a few pivots.
 """
 
 import math
@@ -11,8 +11,10 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-_PIVOTS = 6  # counts per pass; one read of the scores serves all
-SAMPLE = 1 << 16  # largest sample per group
+# Places of a pass's pivots around a guess, in deviations; the middle two bound an atom. One read serves all counts:
+# with eight a search takes 3 to 5 passes; a tenth would spill registers on an H100 and triple the time of a pass.
+_SPREAD = (-3.0, -1.0, -0.35, 0.0, 0.0, 0.35, 1.0, 3.0)
+SAMPLE = 1 << 15  # largest sample per group; sorting more costs a GPU more than a pass
 _SAMPLE_ALL = 1 << 20  # largest sample over all groups
 _SAMPLE_MIN = 16  # smaller samples do not repay their sort
 _RUNGS = 128  # sample order statistics kept as candidate pivots
@@ -116,7 +118,7 @@ def search(count, dtype, units, keep, rungs, lowest=None, highest=None):
   """Narrows, per group, the keys [low, last] around the keep-th highest.
 
   count(low) >= keep > count(last + 1) throughout (for keep > 0); ends when
-  count(low) == keep or low == last, in at most some 2 * log_6(2**32) passes.
+  count(low) == keep or low == last, in at most some 2 * log_8(2**32) passes.
 
   Args:
    count: maps int32 pivots [P, *group] to counts of keys >= pivot.
@@ -170,15 +172,15 @@ def search(count, dtype, units, keep, rungs, lowest=None, highest=None):
   return low, low + span.astype(jnp.int32), c_low, c_high
 
 
+def _pivot_index(ndim):
+  return lax.iota(jnp.int32, len(_SPREAD)).reshape((-1,) + (1,) * ndim)
+
+
 def _even_offsets(span):
   """Offsets that split [1, span] evenly: the safeguard that bounds the search."""
-  k = jnp.arange(_PIVOTS, dtype=jnp.uint32).reshape((-1,) + (1,) * span.ndim)
-  return 1 + span // _PIVOTS * k + span % _PIVOTS * k // _PIVOTS
-
-
-def _spread(ndim):
-  """Pivot places around a guess, in deviations; the middle two bound an atom."""
-  return jnp.array([-3.0, -0.7, 0.0, 0.0, 0.7, 3.0]).reshape((-1,) + (1,) * ndim)
+  k = _pivot_index(span.ndim).astype(jnp.uint32)
+  pivots = len(_SPREAD)
+  return 1 + span // pivots * k + span % pivots * k // pivots
 
 
 def _guess_offsets(low, span, c_low, c_high, keep):
@@ -188,15 +190,15 @@ def _guess_offsets(low, span, c_low, c_high, keep):
   width = span.astype(jnp.float32)
   # .003: for the bend of a density, which a straight line through it misses.
   dev = width * (jnp.sqrt(share * (1 - share) / inside) + 0.003)
-  spread = _spread(span.ndim)
+  spread = jnp.array(_SPREAD).reshape((-1,) + (1,) * span.ndim)
   off = jnp.clip(width * share + spread * dev, 0, 2.0**32 - 2**9).astype(jnp.uint32)
   # Quantised scores sit at round keys: try the roundest key near the guess.
   bit = jnp.exp2(jnp.floor(jnp.log2(jnp.clip(dev, 1, 2.0**31)))).astype(jnp.uint32)
   start = lax.bitcast_convert_type(low, jnp.uint32)
-  middle = jnp.arange(_PIVOTS).reshape(spread.shape)
+  index, half = _pivot_index(span.ndim), len(_SPREAD) // 2
   round_ = ((start + off + bit // 2) & ~(bit - 1)) - start
-  off = jnp.where(((middle == 2) | (middle == 3)) & (round_ <= span), round_, off)
-  return off + (middle == 3).astype(jnp.uint32)
+  off = jnp.where(((index == half - 1) | (index == half)) & (round_ <= span), round_, off)
+  return off + (index == half).astype(jnp.uint32)
 
 
 def _rung_offsets(low, span, c_low, c_high, keep, rungs, first):
@@ -209,12 +211,12 @@ def _rung_offsets(low, span, c_low, c_high, keep, rungs, first):
   # At first the window is centred on the wanted rank, whatever it holds.
   at = jnp.where(first, _RUNGS / 2, under + share * n)
   dev = jnp.where(first, _RUNGS / (2 * _WINDOW) * 1.4, 0.06 * n + 1)
-  spread = _spread(span.ndim)
+  spread = jnp.array(_SPREAD).reshape((-1,) + (1,) * span.ndim)
   pick = jnp.clip(at + spread * dev, 0, _RUNGS - 1).astype(jnp.int32)
   near = jnp.take_along_axis(rungs, pick, axis=0)
   near = jnp.clip(near, low, last)
   off = (near - low).astype(jnp.uint32)
-  upper = (jnp.arange(_PIVOTS) > 2).astype(jnp.uint32).reshape(spread.shape)
+  upper = (_pivot_index(span.ndim) >= len(_SPREAD) // 2).astype(jnp.uint32)
   return jnp.minimum(off, span - upper) + upper, first | (inside >= 12)
 
 

@@ -41,9 +41,15 @@ def is_mask_leaf(x: Any) -> bool:
 def flatten(params: Any) -> Leaves:
   """Flattens parameters; leaves taken away by `optax.masked` or `optax.partition` stay in place as MaskedNode."""
   paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked_node)
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+  names = [leaf_name(path) for path, _ in paths]
   labels = ["params" + jax.tree_util.keystr(path) for path, _ in paths]
   return Leaves(names, labels, [value for _, value in paths], treedef)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+  """ "mlp/kernel"; the box that flax puts around an array (nnx variables, linen metadata) is not part of the name."""
+  boxed = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("value", "raw_value")
+  return jax.tree_util.keystr(path[:-1] if boxed else path, simple=True, separator="/")
 
 
 def mask_leaves(masks: Any) -> list[Any]:
@@ -69,7 +75,7 @@ def match(leaves: Leaves, other: Any, what: str) -> list[Any]:
   if len(paths) != len(leaves.values):
     paths = _spread(leaves.names, paths)
   if len(paths) != len(leaves.values):
-    have = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths}
+    have = {leaf_name(path) for path, _ in paths}
     want = set(leaves.names)
     raise ValueError(
       f"The parameters have {len(leaves.values)} leaves, {what} {len(paths)}: they are different trees. "

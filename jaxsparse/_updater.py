@@ -104,6 +104,11 @@ class Updater:
       arguments = [(k, v) for k, v in arguments if v != defaults[k]]
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
 
+  @property
+  def prunes_at_init(self) -> bool:
+    """Whether masks come from `instant_sparsify` and `set_masks` before the first step (SNIP, GraSP, SynFlow)."""
+    return isinstance(self.drop, scorers.AbstractModelScorer)
+
   # -- training ------------------------------------------------------------------------------------------------------
 
   def wrap_optax(
@@ -160,7 +165,7 @@ class Updater:
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-  def forward_params(self, params: Any, opt_state: Any) -> Any:
+  def forward_params(self, params: Any, opt_state: Any, tag: str | None = None) -> Any:
     """The weights that the forward pass uses; call it inside the loss.
 
     The identity for methods with sparse storage; for the others (`magnitude_ste`, `sr_ste`, ...) masked weights with
@@ -169,22 +174,23 @@ class Updater:
     Args:
       params: the stored parameters.
       opt_state: the optimizer state, as in `get_sparsity_state`.
+      tag: which updater, where one optimizer holds several.
     """
-    state = _state.get_sparsity_state(opt_state)
+    state = _state.get_sparsity_state(opt_state, tag)
     return _map(params, state.masks, lambda p, m: self.forward.forward(p, m, state.count))
 
-  def sparse_params(self, params: Any, opt_state: Any) -> Any:
-    """Parameters with the current masks applied; for the start of training, evaluation, and parameter averages (EMA)."""
-    state = _state.get_sparsity_state(opt_state)
+  def sparse_params(self, params: Any, opt_state: Any, tag: str | None = None) -> Any:
+    """Parameters with the current masks applied: for the start of training, evaluation, and averages (EMA)."""
+    state = _state.get_sparsity_state(opt_state, tag)
     return _map(params, state.masks, lambda p, m: self.forward.project(p, m, state.count))
 
-  def export(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
+  def export(self, params: Any, opt_state: Any, tag: str | None = None) -> tuple[Any, Any]:
     """The final parameters and their masks (bool, `optax.MaskedNode()` for dense leaves), whatever the storage."""
-    return self.sparse_params(params, opt_state), _state.get_masks(opt_state)
+    return self.sparse_params(params, opt_state, tag), _state.get_masks(opt_state, tag)
 
-  def due(self, opt_state: Any) -> jax.Array:
+  def due(self, opt_state: Any, tag: str | None = None) -> jax.Array:
     """shape=(), bool: whether the next `tx.update` refreshes the masks."""
-    return self.schedule.due(_state.get_sparsity_state(opt_state).count)
+    return self.schedule.due(_state.get_sparsity_state(opt_state, tag).count)
 
   # -- without an optimizer ------------------------------------------------------------------------------------------
 

@@ -26,11 +26,13 @@ def summarize_sparsity(tree: Any, only_total: bool = False) -> dict[str, jax.Arr
   >>> import jax.numpy as jnp
   >>> {k: float(v) for k, v in summarize_sparsity({"w": jnp.array([1., 0., 0., 0.])}).items()}
   {'w': 0.75, '_total_sparsity': 0.75}
+  >>> float(summarize_sparsity({})["_total_sparsity"])
+  0.0
   """
   leaves = _mask_leaves(tree)
   kept = {name: jnp.sum(leaf != 0, dtype=jnp.float32) for name, leaf in leaves.items()}
   size = sum(leaf.size for leaf in leaves.values())
-  total = 1 - sum(kept.values(), jnp.float32(0)) / max(size, 1)
+  total = 1 - sum(kept.values(), jnp.float32(0)) / size if size else jnp.float32(0)  # No masks: nothing is removed.
   out = {} if only_total else {name: 1 - kept[name] / max(leaf.size, 1) for name, leaf in leaves.items()}
   return out | {"_total_sparsity": total}
 
@@ -103,9 +105,7 @@ def _kept(params, masks) -> dict[str, int]:
 def _mask_leaves(tree: Any) -> dict[str, Any]:
   paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_mask_leaf)[0]
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): masks_lib.unpack(node)
-    if isinstance(node, masks_lib.PackedMask)
-    else _tree.to_array(node)
+    _tree.leaf_name(path): masks_lib.unpack(node) if isinstance(node, masks_lib.PackedMask) else _tree.to_array(node)
     for path, node in paths
     if not _tree.is_masked_node(node)
   }

@@ -13,6 +13,7 @@ from jax import lax
 from jaxsparse import _threshold
 
 _SMALL_UNITS = 32  # up to this many units on one axis: compare all pairs
+_PAIRED_UNITS = 8  # up to this many, a GPU compares each pair once
 _SMALL_SIZE = 1 << 20  # up to this many scores: plain bisection, which compiles fast
 
 
@@ -289,10 +290,35 @@ def _topk_bisect(x, keep, axes, where, index, units):
 
 
 def _topk_pairs(key, keep, axis):
-  """Ranks by comparing all pairs along one short axis: one fused pass."""
+  """Ranks by comparing all pairs along one short axis, in one fused pass."""
+  if key.shape[axis] > _PAIRED_UNITS:
+    return _rank_all_against_one(key, keep, axis)
+  # One thread of a GPU holds a whole group and compares each pair once; a CPU vectorises better along full rows.
+  return lax.platform_dependent(
+    key,
+    keep,
+    cuda=lambda key, keep: _rank_each_pair(key, keep, axis),
+    default=lambda key, keep: _rank_all_against_one(key, keep, axis),
+  )
+
+
+def _rank_all_against_one(key, keep, axis):
+  """Every unit's rank is the number of units that beat it; all units of an axis against one of them at a time."""
   index = lax.broadcasted_iota(jnp.int32, tuple(n if a == axis else 1 for a, n in enumerate(key.shape)), axis)
   rank = jnp.int32(0)
   for j in range(key.shape[axis]):
     other = lax.slice_in_dim(key, j, j + 1, axis=axis)
     rank += jnp.where(j < index, other >= key, other > key).astype(jnp.int32)
   return rank < keep
+
+
+def _rank_each_pair(key, keep, axis):
+  """The same ranks with each pair compared once, slice against slice."""
+  rows = [lax.slice_in_dim(key, j, j + 1, axis=axis) for j in range(key.shape[axis])]
+  ranks = [jnp.zeros(rows[0].shape, jnp.int8) for _ in rows]
+  for i, earlier in enumerate(rows):
+    for j in range(i + 1, len(rows)):
+      wins = (rows[j] > earlier).astype(jnp.int8)
+      ranks[i] += wins
+      ranks[j] += 1 - wins
+  return jnp.concatenate([rank < keep for rank in ranks], axis)

@@ -1,6 +1,5 @@
 """Tests of selection.py against a slow, obvious NumPy reference."""
 
-import functools
 import os
 import subprocess
 import sys

@@ -7,7 +7,7 @@ import math
 import jax
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AbstractStructure(abc.ABC):
   """How the entries of a leaf are tied together when it is pruned.
 
@@ -30,6 +30,11 @@ class AbstractStructure(abc.ABC):
       )
     object.__setattr__(self, "stack_axes", axes)
     self._check_fields()
+
+  def __repr__(self):
+    shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+    shown.sort(key=lambda f: f.kw_only)
+    return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
   def _check_fields(self) -> None:
     """Checks (and normalises) the fields that a subclass adds."""

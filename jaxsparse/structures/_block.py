@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxsparse.structures import _base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Block(_base.AbstractStructure):
   """Removes whole `shape[0] x shape[1]` tiles of the last two axes (`(in, out)` of a kernel).
 

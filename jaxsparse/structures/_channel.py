@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxsparse.structures import _base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Channel(_base.AbstractStructure):
   """Removes whole channels (output features by default) of a leaf.
 

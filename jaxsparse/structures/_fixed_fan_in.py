@@ -6,7 +6,7 @@ import math
 from jaxsparse.structures import _base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FixedFanIn(_base.AbstractStructure):
   """Keeps the same number of inputs for every output (Lasby et al., 2023, https://arxiv.org/abs/2305.02299).
 

@@ -5,7 +5,7 @@ import dataclasses
 from jaxsparse.structures import _base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class NM(_base.AbstractStructure):
   """Keeps n of every m consecutive entries along the axis that the matmul contracts.
 
@@ -38,11 +38,6 @@ class NM(_base.AbstractStructure):
       )
     if isinstance(self.axis, list):
       object.__setattr__(self, "axis", tuple(self.axis))
-
-  def __repr__(self):
-    extra = "" if self.axis is None else f", axis={self.axis!r}"
-    extra += f", stack_axes={self.stack_axes!r}" if self.stack_axes else ""
-    return f"NM(n={self.n}, m={self.m}{extra})"
 
   def _reduction(self, shape) -> tuple[int, int]:
     """First reduction axis and one past the last, in the whole leaf."""

@@ -5,7 +5,7 @@ import dataclasses
 from jaxsparse.structures import _base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Unstructured(_base.AbstractStructure):
   """Any entry may be removed; all entries of a leaf (of a layer, with `stack_axes`) are ranked together.
 

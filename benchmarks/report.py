@@ -1,0 +1,73 @@
+"""What every benchmark ends with: a table on the terminal, a JSON file and a plot."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+
+
+def environment() -> dict[str, Any]:
+  """Device and library versions, to be quoted with every figure."""
+  device = jax.devices()[0]
+  return {
+    "device": device.device_kind,
+    "platform": device.platform,
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "numpy": np.__version__,
+    "python": platform.python_version(),
+  }
+
+
+def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+  """Rows as aligned text; floats with four significant digits."""
+  cells = [[_text(row.get(c, "")) for c in columns] for row in rows]
+  widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+  print("  ".join(c.ljust(w) for c, w in zip(columns, widths)))
+  for line in cells:
+    print("  ".join(cell.ljust(w) for cell, w in zip(line, widths)))
+
+
+def write_json(path: str | pathlib.Path, rows: Sequence[dict[str, Any]], **extra: Any) -> None:
+  """Writes {"environment": ..., "rows": ...} in one piece: a broken run leaves no half file."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps({"environment": environment(), **extra, "rows": list(rows)}, indent=1))
+  partial.replace(path)
+
+
+def bar_plot(
+  path: str | pathlib.Path,
+  labels: Sequence[str],
+  values: Sequence[float],
+  title: str,
+  xlabel: str,
+  target: float | None = None,
+) -> None:
+  """Horizontal bars with their values, and a line at the target."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  fig, ax = plt.subplots(figsize=(7, 0.4 * len(labels) + 1.2), constrained_layout=True)
+  bars = ax.barh(list(labels)[::-1], list(values)[::-1], color="#0072B2")
+  ax.bar_label(bars, fmt="%.3g", padding=3)
+  if target is not None:
+    ax.axvline(target, color="#D55E00", linestyle="--", label=f"target {target:g}")
+    ax.legend(loc="lower right")
+  ax.margins(x=0.12)
+  ax.set_title(title, fontsize=10)
+  ax.set_xlabel(xlabel)
+  fig.savefig(path, dpi=130)
+  plt.close(fig)
+
+
+def _text(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,18 @@
+"""Digits, SET: the smallest weights go, random ones grow.
+
+    python experiments/train.py --config=configs/digits_set.py --workdir=runs/digits_set
+
+About 20 s on two CPU cores. Test accuracy 97.5 % at 90 % sparsity (seed 0, 360 images: one image is 0.3 points).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits_no_prune
+
+
+def get_config():
+  config = digits_no_prune.get_config()
+  config.updater = ConfigDict(
+    dict(name="set", sparsity=0.9, every=50, stop=config.get_ref("steps") * 3 // 4, distribution="ERK")
+  )
+  return config

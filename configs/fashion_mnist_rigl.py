@@ -1,0 +1,16 @@
+"""Fashion-MNIST, RigL.
+
+python experiments/train.py --config=configs/fashion_mnist_rigl.py --workdir=runs/fashion_mnist_rigl
+"""
+
+from ml_collections import ConfigDict
+
+from configs import fashion_mnist_no_prune
+
+
+def get_config():
+  config = fashion_mnist_no_prune.get_config()
+  config.updater = ConfigDict(
+    dict(name="rigl", sparsity=0.9, every=100, stop=config.get_ref("steps") * 3 // 4, distribution="ERK")
+  )
+  return config

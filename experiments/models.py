@@ -1,0 +1,49 @@
+"""Small classifiers in flax.linen."""
+
+from collections.abc import Mapping
+import difflib
+from typing import Any
+
+from flax import linen as nn
+
+
+class Mlp(nn.Module):
+  """Dense layers with ReLU between them: `[B, H, W, C] -> [B, classes]`."""
+
+  classes: int
+  features: tuple[int, ...] = (300, 100)
+
+  @nn.compact
+  def __call__(self, x):
+    x = x.reshape(x.shape[0], -1)
+    for size in self.features:
+      x = nn.relu(nn.Dense(size)(x))
+    return nn.Dense(self.classes)(x)
+
+
+class Cnn(nn.Module):
+  """3x3 convolutions with 2x2 max pooling, then a classifier on the mean over positions: `[B, H, W, C] -> [B, classes]`."""
+
+  classes: int
+  features: tuple[int, ...] = (32, 64)
+
+  @nn.compact
+  def __call__(self, x):
+    for size in self.features:
+      x = nn.max_pool(nn.relu(nn.Conv(size, (3, 3))(x)), (2, 2), strides=(2, 2))
+    return nn.Dense(self.classes)(x.mean((1, 2)))
+
+
+_MODELS = {"mlp": Mlp, "cnn": Cnn}
+
+
+def create(config: Mapping[str, Any], classes: int) -> nn.Module:
+  """The model that `config["name"]` names, with the other entries as its arguments."""
+  arguments = dict(config)
+  name = arguments.pop("name")
+  if name not in _MODELS:
+    near = difflib.get_close_matches(name, _MODELS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"There is no model {name!r}.{hint} The models are: {', '.join(_MODELS)}.")
+  arguments["features"] = tuple(arguments["features"])
+  return _MODELS[name](classes=classes, **arguments)
