@@ -25,7 +25,7 @@ class Mlp(nn.Module):
 
 
 class Cnn(nn.Module):
-  """3x3 convolutions with 2x2 max pooling, then a classifier on the mean over positions: `[B, H, W, C] -> [B, classes]`."""
+  """3x3 convolutions with 2x2 max pooling, a classifier on the mean over positions: `[B, H, W, C] -> [B, classes]`."""
 
   classes: int
   features: tuple[int, ...] = (32, 64)
