@@ -17,8 +17,8 @@ class Dataset:
   """Images and labels.
 
   Attributes:
-    train_images, test_images: shape=(examples, height, width, 1), float32, shifted and scaled to mean 0 and deviation 1
-      over the training images. (On Fashion-MNIST at 90 % sparsity, pixels in [0, 1] cost a point of accuracy.)
+    train_images, test_images: shape=(examples, height, width, 1), float32; every pixel has mean 0 and deviation about 1
+      over the training images.
     train_labels, test_labels: shape=(examples,), int32.
     classes: number of classes.
   """
@@ -93,8 +93,15 @@ def _fashion_mnist(data_dir: str | None) -> Dataset:
 
 
 def _standardized(train_images, train_labels, test_images, test_labels) -> Dataset:
-  mean, deviation = np.float32(train_images.mean()), np.float32(train_images.std())
-  images = [(a.astype(np.float32) - mean) / deviation for a in (train_images, test_images)]
+  """Shifts and scales each pixel by its mean and deviation over the training images.
+
+  At high sparsity this matters more than the algorithm: the random static mask at 95 % gains 0.9 points on held-out
+  training images of Fashion-MNIST over one mean and deviation for all pixels, and that gains a point over [0, 1].
+  """
+  mean, deviation = train_images.mean(0), train_images.std(0)
+  # Pixels at the rim are nearly always empty; without a floor the few images that use them would reach 100 deviations.
+  scale = np.maximum(deviation, 0.25 * train_images.std())
+  images = [((a - mean) / scale).astype(np.float32) for a in (train_images, test_images)]
   labels = [a.astype(np.int32) for a in (train_labels, test_labels)]
   return Dataset(images[0], labels[0], images[1], labels[1], classes=int(labels[0].max()) + 1)
 

@@ -2,8 +2,8 @@
 
     python experiments/fashion_mnist_table.py --workdir=runs/fashion_mnist_table
 
-Every run is `train.train` on a configs/fashion_mnist_*.py, so the table shows what the command line does. It takes about
-25 s a run on two CPU cores, 33 runs; started again it goes on where it was. Writes table.md and table.json.
+Every run is `train.train` on a configs/fashion_mnist_*.py, so the table shows what the command line does. 33 runs of
+about 25 s on two CPU cores; started again, it goes on where it was. Writes table.md and table.json.
 """
 
 import importlib

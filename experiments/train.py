@@ -2,9 +2,9 @@
 
     python experiments/train.py --config=configs/digits_rigl.py --config.updater.sparsity=0.95 --workdir=runs/rigl95
 
-The working directory gets metrics.csv, metrics.jsonl, tensorboard/, checkpoints/ and the report (report.md, report.json,
-two plots). Started again with the same arguments, a run goes on from its last checkpoint and ends in the same bits as
-if it had never stopped; a finished one only writes its report again.
+The working directory gets metrics.csv, metrics.jsonl, tensorboard/, checkpoints/ and the report (report.md,
+report.json and two plots). Started again with the same arguments, a run goes on from its last checkpoint and ends in
+the same bits as if it had never stopped; a finished one only writes its report again.
 """
 
 import difflib
@@ -79,8 +79,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     loss, correct = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / len(data.test_labels)
     return {"test_loss": loss, "test_accuracy": correct}
 
-  params = model.init(jax.random.key(config.seed), data.train_images[:1])["params"]
-  opt_state = tx.init(params)
+  # Under jit: run operation by operation, initialisation compiles a hundred small programs.
+  params = jax.jit(model.init)(jax.random.key(config.seed), data.train_images[:1])["params"]
+  opt_state = jax.jit(tx.init)(params)
   if updater.prunes_at_init:
     batches = [data.train_batch(config.seed, step, config.batch_size) for step in range(10)]
     params, masks = updater.instant_sparsify(
@@ -88,7 +89,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     )
     opt_state = js.set_masks(opt_state, masks)
   if updater.forward.storage == "hard":  # Dense storage keeps the weights behind the mask: they may come back.
-    params = updater.sparse_params(params, opt_state)
+    params = jax.jit(updater.sparse_params)(params, opt_state)
 
   sparsity = jax.jit(lambda params, opt_state: metrics.weight_sparsity(params, js.get_masks(opt_state)))
   layers = {f"sparsity/{name}": name for name in sparsity(params, opt_state)}
