@@ -53,7 +53,7 @@ def init(
     grow_state=_scorer_states(updater.grow, leaves, plans) if updater.schedule.refreshes else (),
     forward_state=(),
     inner_state=inner.init(params),
-    tag=_state.Tag(tag),
+    tag={} if tag is None else {tag: ()},
   )
 
 

@@ -1,6 +1,5 @@
 """The state that an updater keeps in the optimizer state, and how to find and replace it there."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,14 +12,6 @@ from jaxsparse import _tree
 from jaxsparse import masks as masks_lib
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tag:
-  """A static name that tells two updaters in one optimizer apart."""
-
-  name: str | None = dataclasses.field(default=None, metadata={"static": True})
-
-
 class SparsityState(NamedTuple):
   """What an updater remembers.
 
@@ -31,7 +22,7 @@ class SparsityState(NamedTuple):
     drop_state, grow_state: tree like the parameters with the scorers' buffers, () when stateless.
     forward_state: () for every forward so far.
     inner_state: state of the wrapped optimizer.
-    tag: static name, see `get_sparsity_state`.
+    tag: {} or {name: ()}; a key is part of the tree, so it is static and every serialiser keeps it.
   """
 
   count: jax.Array
@@ -41,7 +32,12 @@ class SparsityState(NamedTuple):
   grow_state: Any
   forward_state: Any
   inner_state: optax.OptState
-  tag: Tag = Tag()
+  tag: dict[str, tuple[()]]
+
+
+def tag_name(state: SparsityState) -> str | None:
+  """The `tag=` that was given to `wrap_optax`."""
+  return next(iter(state.tag), None)
 
 
 def get_sparsity_state(opt_state: Any, tag: str | None = None) -> SparsityState:
@@ -60,7 +56,7 @@ def get_sparsity_state(opt_state: Any, tag: str | None = None) -> SparsityState:
   """
   states = _find(opt_state, tag)
   if len(states) > 1:
-    tags = [s.tag.name for s in states]
+    tags = [tag_name(s) for s in states]
     raise ValueError(
       f"The optimizer state holds {len(states)} sparsity states with tags {tags}: name one with tag=. "
       "(get_masks merges them where they cover different leaves.)"
@@ -118,7 +114,7 @@ def set_masks(opt_state: Any, masks: Any, tag: str | None = None) -> Any:
   state = old._replace(masks=structure.unflatten(new))
 
   def swap(node):
-    if not isinstance(node, SparsityState) or not (tag is None or node.tag.name == tag):
+    if not isinstance(node, SparsityState) or not (tag is None or tag_name(node) == tag):
       return node
     # Put values back leaf by leaf: nnx keeps every array inside a variable of its own.
     nodes, treedef = jax.tree.flatten(node.masks, is_leaf=_tree.is_mask_leaf)
@@ -159,8 +155,8 @@ def _find(opt_state: Any, tag: str | None) -> list[SparsityState]:
       "`optimizer.opt_state`), also inside chain, MultiSteps, masked, partition or inject_hyperparams."
     )
   if tag is not None:
-    tags = [s.tag.name for s in states]
-    states = [s for s in states if s.tag.name == tag]
+    tags = [tag_name(s) for s in states]
+    states = [s for s in states if tag_name(s) == tag]
     if not states:
       raise ValueError(f"No updater has the tag {tag!r}; there are {tags}.")
   return states

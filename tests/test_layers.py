@@ -14,7 +14,7 @@ ALLOWED = {"jax", "numpy", "optax", "chex", "absl", "ml_collections"} | set(sys.
 
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = (
-  {"_tree", "_threshold"},
+  {"_tree", "_threshold", "_hold"},
   {"selection", "masks"},
   {"structures", "distributions", "schedules", "scorers", "forwards"},
   {"rules"},

@@ -203,7 +203,7 @@ def test_restored_training_continues_bit_for_bit(name, packed, save):
     restored = jax.tree.unflatten(jax.tree.structure(template), [loaded[i] for i in range(len(loaded))])
   else:
     restored = save(middle, template)
-  got = run(restored, late)
+  got = run(jax.tree.map(jnp.asarray, restored), late)
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
   assert run._cache_size() == 1, "a restored state compiles again"

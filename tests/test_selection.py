@@ -1,5 +1,6 @@
 """Tests of selection.py against a slow, obvious NumPy reference."""
 
+import functools
 import os
 import subprocess
 import sys

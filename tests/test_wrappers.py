@@ -275,7 +275,7 @@ def test_updaters_over_different_leaves_are_merged(labels):
   assert_same(js.get_masks(state, tag="y")["b"]["kernel"], masks["b"]["kernel"])
   pruned = first.sparse_params(params, js.get_sparsity_state(state, tag="x"))
   assert int((pruned["a"]["kernel"] != 0).sum()) == 256 and pruned["b"]["kernel"] is params["b"]["kernel"]
-  assert js.get_sparsity_state(state, tag="y").tag.name == "y"
+  assert "y" in js.get_sparsity_state(state, tag="y").tag
   with pytest.raises(ValueError, match="name one with tag="):
     js.get_sparsity_state(state)
   with pytest.raises(ValueError, match="No updater has the tag 'z'"):
