@@ -28,7 +28,7 @@ test: $(VENV)/.installed-test
 
 # Every algorithm with every optimizer: long; `make test` runs a selection of it.
 test-laws: $(VENV)/.installed-test
-	$(RUN) -m pytest -n $(WORKERS) -m laws tests
+	JAXSPARSE_OPTIMISED_TESTS=1 $(RUN) -m pytest -n $(WORKERS) -m laws tests
 
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .
