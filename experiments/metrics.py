@@ -36,7 +36,12 @@ class MetricsWriter:
     _replace(self._jsonl_path, "".join(_json_line(row) for row in self._rows))
     _replace(self._csv_path, _csv_line(self._columns) + "".join(self._csv_row(row) for row in self._rows))
     self._csv, self._jsonl = self._csv_path.open("a"), self._jsonl_path.open("a")
-    self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+    # TensorBoard's writer has a thread with a queue, which a kill empties: its file is made again from the rows.
+    for old in (workdir / "tensorboard").glob("events.out.tfevents.*"):
+      old.unlink()
+    self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), flush_secs=10)
+    for row in self._rows:
+      self._add_events(row)
 
   @property
   def rows(self) -> list[dict[str, float]]:
@@ -53,9 +58,7 @@ class MetricsWriter:
     for file, line in ((self._jsonl, _json_line(row)), (self._csv, self._csv_row(row))):
       file.write(line)
       file.flush()
-    for name, value in values.items():
-      self._tensorboard.add_scalar(name, float(value), step)
-    self._tensorboard.flush()  # Its own thread would keep events for two minutes, and a kill would lose them.
+    self._add_events(row)
 
   def close(self) -> None:
     """Closes the files."""
@@ -68,6 +71,11 @@ class MetricsWriter:
 
   def __exit__(self, *exception):
     self.close()
+
+  def _add_events(self, row) -> None:
+    for name, value in row.items():
+      if name != "step":
+        self._tensorboard.add_scalar(name, value, row["step"])
 
   def _csv_row(self, row) -> str:
     return _csv_line([repr(row[name]) if name in row else "" for name in self._columns])
