@@ -321,4 +321,4 @@ def _rank_each_pair(key, keep, axis):
       wins = (rows[j] > earlier).astype(jnp.int8)
       ranks[i] += wins
       ranks[j] += 1 - wins
-  return jnp.concatenate([rank < keep for rank in ranks], axis)
+  return jnp.concatenate([rank < keep.astype(jnp.int8) for rank in ranks], axis)
