@@ -242,7 +242,7 @@ def _ceil(x: jax.Array) -> jax.Array:
 
 def _project(u, p, m):
   """The update that lands exactly on zero where the mask is off: `p + -p` in the wider of the two dtypes."""
-  dtype = jnp.promote_types(p.dtype, u.dtype)
+  dtype = _tree.wider(p.dtype, u.dtype)
   return jnp.where(m, u.astype(dtype), -p.astype(dtype))
 
 

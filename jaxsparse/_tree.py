@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -55,6 +56,12 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 def mask_leaves(masks: Any) -> list[Any]:
   """The nodes of a mask tree, one for each leaf of the parameters, in the same order."""
   return jax.tree.leaves(masks, is_leaf=is_mask_leaf)
+
+
+def wider(a: Any, b: Any) -> Any:
+  """The dtype that holds both, also where the user forbids implicit promotion: here it is explicit."""
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.promote_types(a, b)
 
 
 def to_array(leaf: Any) -> Any:

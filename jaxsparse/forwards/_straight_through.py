@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _tree
 from jaxsparse.forwards import _base
 
 
@@ -64,8 +65,8 @@ class SRSTE(_base.AbstractForward):
 
   def gradient(self, grad, param, mask, count):
     # In bfloat16 a decay of 2e-4 would round away against the gradient: add in float32, return the wider of the two.
-    dtype = jnp.promote_types(grad.dtype, param.dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    dtype = _tree.wider(grad.dtype, param.dtype)
+    wide = _tree.wider(dtype, jnp.float32)
     pull = jnp.where(mask, jnp.zeros((), wide), self.decay * param.astype(wide))
     return (grad.astype(wide) + pull).astype(dtype)
 

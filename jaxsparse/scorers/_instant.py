@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _tree
 from jaxsparse.scorers import _base
 
 
@@ -43,4 +44,5 @@ class WeightTimesGradient(_base.AbstractScorer):
   uses_gradient: ClassVar[bool] = True
 
   def score(self, state, inputs):
-    return jnp.abs(inputs.param * inputs.grad)
+    dtype = _tree.wider(inputs.param.dtype, inputs.grad.dtype)
+    return jnp.abs(inputs.param.astype(dtype) * inputs.grad.astype(dtype))
