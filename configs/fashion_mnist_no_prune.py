@@ -1,6 +1,6 @@
 """Fashion-MNIST, dense: a 784-300-100-10 MLP, 10 epochs; the other fashion_mnist configurations start from it.
 
-apt-get install dataset-fashion-mnist  # or --config.data_dir=DIRECTORY with the IDX files
+    apt-get install dataset-fashion-mnist  # or --config.data_dir=DIRECTORY with the IDX files
     python experiments/train.py --config=configs/fashion_mnist_no_prune.py --workdir=runs/fashion_mnist_no_prune
 
 About 25 s on two CPU cores. Test accuracy, mean of three seeds, in percent: 89.84
