@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=configs/digits_snip.py --workdir=runs/digits_snip
 
-About 20 s on two CPU cores. Test accuracy 97.2 % at 90 % sparsity (seed 0, 360 images: one image is 0.3 points).
+About 20 s on two CPU cores. Test accuracy 97.8 % at 90 % sparsity (seed 0, 360 images: one image is 0.3 points).
 """
 
 from ml_collections import ConfigDict

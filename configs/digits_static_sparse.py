@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=configs/digits_static_sparse.py --workdir=runs/digits_static_sparse
 
-About 20 s on two CPU cores. Test accuracy 96.9 % at 90 % sparsity (seed 0, 360 images: one image is 0.3 points).
+About 20 s on two CPU cores. Test accuracy 97.5 % at 90 % sparsity (seed 0, 360 images: one image is 0.3 points).
 """
 
 from ml_collections import ConfigDict

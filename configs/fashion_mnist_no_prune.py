@@ -1,7 +1,10 @@
 """Fashion-MNIST, dense: a 784-300-100-10 MLP, 10 epochs; the other fashion_mnist configurations start from it.
 
-apt-get install dataset-fashion-mnist  # or --config.data_dir=DIRECTORY with the IDX files
-python experiments/train.py --config=configs/fashion_mnist_no_prune.py --workdir=runs/fashion_mnist_no_prune
+    apt-get install dataset-fashion-mnist  # or --config.data_dir=DIRECTORY with the IDX files
+    python experiments/train.py --config=configs/fashion_mnist_no_prune.py --workdir=runs/fashion_mnist_no_prune
+
+About 25 s on two CPU cores. Test accuracy, mean of three seeds, in percent: 89.84
+(experiments/fashion_mnist_table.py).
 """
 
 from ml_collections import ConfigDict

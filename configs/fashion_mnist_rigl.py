@@ -1,6 +1,9 @@
 """Fashion-MNIST, RigL.
 
-python experiments/train.py --config=configs/fashion_mnist_rigl.py --workdir=runs/fashion_mnist_rigl
+    python experiments/train.py --config=configs/fashion_mnist_rigl.py --workdir=runs/fashion_mnist_rigl
+
+About 25 s on two CPU cores. Test accuracy, mean of three seeds, in percent: 88.70 at 90 %, 87.60 at 95 %, 85.76 at 98 %
+(experiments/fashion_mnist_table.py).
 """
 
 from ml_collections import ConfigDict

@@ -4,6 +4,11 @@
 
 Every run is `train.train` on a configs/fashion_mnist_*.py, so the table shows what the command line does. 33 runs of
 about 25 s on two CPU cores; started again, it goes on where it was. Writes table.md and table.json.
+
+What the figures leave open was settled on held-out training images (the last 5000): each pixel is standardised, weights
+start from He's initialisation, SET drops 10 % at a refresh. With one mean and deviation for all pixels, linen's default
+initialisation and SET at 30 %, four rows fell short: RigL 98 % (85.14), static 95 % (86.42) and 98 % (84.38), SET
+(86.63).
 """
 
 import importlib
