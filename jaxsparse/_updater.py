@@ -180,7 +180,12 @@ class Updater:
     return _map(params, state.masks, lambda p, m: self.forward.forward(p, m, state.count))
 
   def sparse_params(self, params: Any, opt_state: Any, tag: str | None = None) -> Any:
-    """Parameters with the current masks applied: for the start of training, evaluation, and averages (EMA)."""
+    """Parameters with the current masks applied: for evaluation, averages (EMA), and the start of sparse training.
+
+    Before the first step, keep the result for methods with sparse storage (`updater.forward.storage == "hard"`), so that
+    the first forward pass is sparse too. Methods with dense storage (the straight-through ones) train on the dense
+    parameters: there, use it only for evaluation.
+    """
     state = _state.get_sparsity_state(opt_state, tag)
     return _map(params, state.masks, lambda p, m: self.forward.project(p, m, state.count))
 
