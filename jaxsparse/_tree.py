@@ -30,6 +30,7 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
 
 def is_masked_node(x: Any) -> bool:
+  """Whether this is where `optax.masked`, or an updater, leaves a leaf out."""
   return isinstance(x, optax.MaskedNode)
 
 

@@ -86,5 +86,6 @@ class Movement(_base.AbstractScorer):
 
 
 def check_decay(scorer) -> None:
+  """ValueError unless the scorer's `decay` is in [0, 1)."""
   if not 0.0 <= scorer.decay < 1.0:
     raise ValueError(f"{type(scorer).__name__}: decay={scorer.decay!r} must be in [0, 1).")
