@@ -1,0 +1,1 @@
+"""Sparse matrix products and what prepares their operands."""
