@@ -1,37 +1,22 @@
-"""Prune a dense weight to 2:4 and pack it for sparse tensor cores, in one pass over the weight.
+"""Prune a dense weight to 2:4 and pack it for the sparse tensor cores, in one pass over the weight.
 
 Training needs this every step: the weight has moved, so the mask may have. The plain jnp functions here are the
 specification and run everywhere; `_prune_pack_gpu` does the same in one pass at memory speed.
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.ops import _dispatch
+from jaxsparse.ops.nm_matmul import _hopper_layout
 from jaxsparse.ops.nm_matmul import _transposable
 
 MASKS = ("transposable", "columnwise", "bdwp")
 Mask = Literal["transposable", "columnwise", "bdwp"]
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed24:
-  """One 2:4 operand of the sparse tensor cores, as plain arrays.
-
-  With R the reduction axis and M the other one:
-
-  Attributes:
-    values: the kept entries, ascending along R; `[R/2, M]` for a forward operand and `[M, R/2]` for a transposed one.
-    metadata: uint16 `[R/16, M]`; a word holds the positions of 4 groups of 4, the first group in the low nibble; a
-      nibble is `i0 | i1 << 2` with i0 < i1.
-  """
-
-  values: jax.Array
-  metadata: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -40,30 +25,38 @@ class PrunedWeight:
   """A weight `[K, O]` pruned to 2:4, as the two operands that a training step multiplies with.
 
   Attributes:
-    forward: for `y = x @ w`, reduced along K: values `[K/2, O]`, metadata `[K/16, O]`.
-    backward: for `dx = dy @ w.T`, reduced along O: values `[K, O/2]`, metadata `[O/16, K]`; None for a columnwise mask,
-      whose transpose is not 2:4.
+    forward: for `y = x @ w`: a `SparseTensorCoreLayout` of w, reduced along K.
+    backward: for `dx = dy @ w.T`: one of w.T, reduced along O, with the reduction contiguous; None for a columnwise
+      mask, whose transpose is not 2:4.
     mask: how the two masks relate, static; see `prune_and_pack`.
   """
 
-  forward: Packed24
-  backward: Packed24 | None
+  forward: _hopper_layout.SparseTensorCoreLayout
+  backward: _hopper_layout.SparseTensorCoreLayout | None
   mask: Mask = dataclasses.field(metadata={"static": True})
 
   @property
   def shape(self) -> tuple[int, int]:
     """(K, O)."""
-    rows, cols = self.forward.values.shape
-    return 2 * rows, cols
+    return self.forward.shape
+
+  def dense(self) -> jax.Array:
+    """The weight of the forward product, `[K, O]`, with zeros where it is pruned."""
+    return _hopper_layout.to_dense(self.forward)
+
+  def dense_backward(self) -> jax.Array:
+    """The weight of the backward product, `[K, O]`."""
+    return self.dense() if self.backward is None else _hopper_layout.to_dense(self.backward).T
 
 
 def prune_and_pack(
-  w: jax.Array, *, mask: Mask = "transposable", dtype=None, implementation: str | None = None
+  w: jax.Array, *, mask: Mask = "transposable", dtype: Any = None, implementation: str | None = None
 ) -> PrunedWeight:
   """Keeps 2 of 4 weights by magnitude and packs them for the products of a training step.
 
   Args:
-    w: `[K, O]` bf16, f16 or f32 (a master copy); K and, unless the mask is columnwise, O divisible by 16.
+    w: `[K, O]` bf16, f16 or f32 (a master copy); K and, unless the mask is columnwise, O divisible by 4. (Where one is
+      not divisible by 64, w is padded first, which costs a copy.)
     mask: which entries survive.
       "transposable": one mask for both products, 2 kept in each row and column of every 4x4 block, of the largest
         total magnitude. dx is then the exact gradient of the forward product.
@@ -78,33 +71,63 @@ def prune_and_pack(
 
   Raises:
     TypeError: unsupported dtype.
-    ValueError: unknown mask, bad shape, or the named implementation cannot run here.
+    ValueError: unknown mask or implementation, or a shape that does not divide.
+    NotImplementedError: the named implementation cannot run here.
 
-  Example:
-    >>> w = jnp.arange(256.0).reshape(16, 16).astype(jnp.bfloat16)
-    >>> prune_and_pack(w).forward.values.shape
-    (8, 16)
+  >>> w = jnp.arange(4096.0).reshape(64, 64).astype(jnp.bfloat16)
+  >>> prune_and_pack(w).forward.values.shape
+  (32, 64)
 
   References:
     Hubara et al., "Accelerated sparse neural training" (https://arxiv.org/abs/2102.08124), for transposable masks; they
-    search 2-approximately or by integer programming, here the search is exact. Fang et al., "Bidirectional weight
-    pruning" (https://arxiv.org/abs/2309.13015), for bdwp.
+    search by min-cost flow or 2-approximately, here the search is exact. Fang et al., "Bidirectional weight pruning"
+    (https://arxiv.org/abs/2309.13015), for bdwp.
   """
   w = jnp.asarray(w)
-  dtype = _check(w, mask, dtype)
-  if implementation is None:
-    implementation = "xla" if unsupported(w, mask=mask, dtype=dtype) else "mosaic_gpu"
-  if implementation == "xla":
-    return _reference(w, mask, dtype)
-  if implementation != "mosaic_gpu":
-    raise ValueError(f"prune_and_pack has implementations {IMPLEMENTATIONS}, got {implementation!r}")
-  if reason := unsupported(w, mask=mask, dtype=dtype):
-    raise ValueError(f"prune_and_pack cannot run as 'mosaic_gpu': {reason}")
-  from jaxsparse.ops.nm_matmul import _prune_pack_gpu
-
-  return _prune_pack_gpu.prune_and_pack(w, mask, dtype)
+  choice = which_prune_and_pack(w, mask=mask, dtype=dtype, implementation=implementation)
+  return _run(w, mask, _value_dtype(w, dtype), choice.implementation)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _run(w, mask, dtype, implementation):
+  pad = [(0, -n % _hopper_layout.ALIGNMENT) for n in w.shape]
+  padded = jnp.pad(w, pad) if any(n for _, n in pad) else w
+  if implementation == "mosaic_gpu":
+    from jaxsparse.ops.nm_matmul import _prune_pack_gpu
+
+    packed = _prune_pack_gpu.prune_and_pack(padded, mask, dtype)
+  else:
+    packed = _reference(padded, mask, dtype)
+  layout = _hopper_layout.SparseTensorCoreLayout
+  forward = layout(*packed[:2], shape=w.shape)
+  backward = layout(*packed[2:], shape=w.shape[::-1], reduction_contiguous=True) if packed[2:] else None
+  return PrunedWeight(forward, backward, mask)
+
+
+def which_prune_and_pack(
+  w: Any, *, mask: Mask = "transposable", dtype: Any = None, implementation: str | None = None
+) -> _dispatch.Choice:
+  """Which implementation `prune_and_pack` takes for these arguments here, and why not the other.
+
+  Args:
+    w: as in `prune_and_pack`; a `jax.ShapeDtypeStruct` will do.
+    mask, dtype, implementation: as in `prune_and_pack`.
+
+  Returns:
+    A `Choice` with `implementation`, `reason`, `rejected` and `target`; prints as a list.
+
+  Raises:
+    As `prune_and_pack`.
+  """
+  _check(w, mask)
+  dtype = _value_dtype(w, dtype)
+  target = _dispatch.current_target()
+  reasons = {"xla": lambda: None, "mosaic_gpu": lambda: _gpu_problem(w, dtype, target)}
+  preference = [("mosaic_gpu", "it reads the weight once."), ("xla", "it runs everywhere.")]
+  return _dispatch.choose("prune_and_pack", implementation, reasons, preference, target)
+
+
+@jax.jit
 def transposable_mask(w: jax.Array) -> jax.Array:
   """Bool `[K, O]`: 2 kept in each row and column of every 4x4 block, of the largest total magnitude.
 
@@ -117,7 +140,6 @@ def transposable_mask(w: jax.Array) -> jax.Array:
   Raises:
     ValueError: w is not a matrix or its sides are not divisible by 4.
   """
-  w = jnp.asarray(w)
   if w.ndim != 2 or w.shape[0] % 4 or w.shape[1] % 4:
     raise ValueError(f"w has shape {w.shape}; a transposable 2:4 mask needs [K, O] with K and O divisible by 4.")
   rows, cols = w.shape[0] // 4, w.shape[1] // 4
@@ -129,101 +151,67 @@ def transposable_mask(w: jax.Array) -> jax.Array:
   return ((word[:, None, :, None] >> bit) & 1).astype(bool).reshape(w.shape)
 
 
-def columnwise_mask(w: jax.Array) -> jax.Array:
-  """Bool `[K, O]`: the 2 largest magnitudes of every aligned 4 along K; ties to the lower index, NaN counts as 0."""
-  groups = _magnitude(w).reshape(w.shape[0] // 4, 4, w.shape[1])
-  return jnp.stack(_keep_two(*(groups[:, r] for r in range(4))), 1).reshape(w.shape)
+def _gpu_problem(w, dtype, target) -> str | None:
+  from jaxsparse.ops import _mosaic_gpu
+
+  if target.platform != "gpu":
+    return f"it needs an NVIDIA GPU; this is {target}."
+  if target.capability is None or target.capability < (9, 0):
+    return f"it needs compute capability 9.0, for comparisons of packed bfloat16; this is {target}."
+  if reason := _mosaic_gpu.unavailable():
+    return reason
+  if dtype not in (jnp.bfloat16, jnp.float16) or (w.dtype != jnp.float32 and w.dtype != dtype):
+    return f"it packs bfloat16 and float16 as they are and float32 as one of them, not {w.dtype} as {dtype}."
+  return None
 
 
-def training_masks(w: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
-  """Bool masks `[K, O]` of the forward and of the backward product."""
-  if mask == "transposable":
-    both = transposable_mask(w)
-    return both, both
-  forward = columnwise_mask(w)
-  return forward, columnwise_mask(w.T).T if mask == "bdwp" else forward
-
-
-def unpack(packed: Packed24, *, transposed: bool = False) -> jax.Array:
-  """Packed24 -> the dense weight `[K, O]` with zeros where it was pruned.
-
-  Args:
-    packed: `PrunedWeight.forward`, or `.backward` with `transposed=True`.
-    transposed: the reduction runs along the columns of the weight.
-  """
-  values = packed.values.T if transposed else packed.values
-  groups, cols = values.shape[0] // 2, values.shape[1]
-  nibbles = packed.metadata[:, None, :] >> (4 * jnp.arange(4, dtype=jnp.uint16))[None, :, None] & jnp.uint16(15)
-  nibbles = nibbles.reshape(groups, 1, cols)
-  position = jnp.arange(4, dtype=jnp.uint16)[None, :, None]
-  low, high = values.reshape(groups, 2, 1, cols)[:, 0], values.reshape(groups, 2, 1, cols)[:, 1]
-  dense = jnp.where(position == nibbles & 3, low, jnp.where(position == nibbles >> 2, high, 0))
-  dense = dense.reshape(4 * groups, cols)
-  return dense.T if transposed else dense
-
-
-def unsupported(w: jax.Array, *, mask: Mask, dtype) -> str | None:
-  """Why the GPU kernel cannot take this weight here, or None."""
-  return "the kernel is not built yet"
-
-
-def _check(w, mask, dtype):
+def _check(w, mask):
   if mask not in MASKS:
-    raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
+    raise ValueError(f"mask must be one of {MASKS}, got {mask!r}.")
   if w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
     raise TypeError(f"w has dtype {w.dtype}; prune_and_pack takes bfloat16, float16 or float32.")
-  if w.ndim != 2 or w.shape[0] % 16 or (mask != "columnwise" and w.shape[1] % 16):
-    need = "K divisible by 16" if mask == "columnwise" else "K and O divisible by 16"
+  if w.ndim != 2 or w.shape[0] % 4 or (mask != "columnwise" and w.shape[1] % 4):
+    need = "K divisible by 4" if mask == "columnwise" else "K and O divisible by 4"
     raise ValueError(f"w has shape {w.shape}; a {mask} mask needs [K, O] with {need}.")
+
+
+def _value_dtype(w, dtype):
   dtype = jnp.dtype(dtype or (jnp.bfloat16 if w.dtype == jnp.float32 else w.dtype))
   if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-    raise TypeError(f"packed values can be bfloat16, float16 or float32, not {dtype}.")
+    raise TypeError(f"packed values can be bfloat16, float16 or float32 (on XLA only), not {dtype}.")
   return dtype
 
 
 def _reference(w, mask, dtype):
+  """values and metadata of the forward operand and, unless columnwise, of the backward one; both sides of w full."""
   if mask == "transposable":
     keep = transposable_mask(w)
     forward, backward = _pack(w, keep, dtype), _pack(w.T, keep.T, dtype)
   else:
     forward = _pack(w, None, dtype)
-    backward = _pack(w.T, None, dtype) if mask == "bdwp" else None
-  if backward is not None:
-    backward = Packed24(backward.values.T, backward.metadata)
-  return PrunedWeight(forward, backward, mask)
+    backward = _pack(w.T, None, dtype) if mask == "bdwp" else ()
+  return (*forward, backward[0].T, backward[1]) if backward else forward
 
 
 def _pack(w, keep, dtype):
-  """Packs along axis 0; `keep` None is the columnwise mask."""
+  """Packs along axis 0; without a mask, the two largest of every four."""
   groups, cols = w.shape[0] // 4, w.shape[1]
   rows = [w.reshape(groups, 4, cols)[:, r] for r in range(4)]
-  if keep is None:
-    kept = _keep_two(*map(_magnitude, rows))
-  else:
-    kept = [keep.reshape(groups, 4, cols)[:, r] for r in range(4)]
-  k0, k1, k2, k3 = kept
-  low = jnp.where(k0, rows[0], jnp.where(k1, rows[1], rows[2]))
-  high = jnp.where(k3, rows[3], jnp.where(k2, rows[2], rows[1]))
-  first = jnp.where(k0, 0, jnp.where(k1, 1, 2)).astype(jnp.uint16)
-  second = jnp.where(k3, 3, jnp.where(k2, 2, 1)).astype(jnp.uint16)
+  kept = _keep_two(*map(_magnitude, rows)) if keep is None else keep.reshape(groups, 4, cols).transpose(1, 0, 2)
+  low = jnp.where(kept[0], rows[0], jnp.where(kept[1], rows[1], rows[2]))
+  high = jnp.where(kept[3], rows[3], jnp.where(kept[2], rows[2], rows[1]))
+  first = jnp.where(kept[0], 0, jnp.where(kept[1], 1, 2)).astype(jnp.uint16)
+  second = jnp.where(kept[3], 3, jnp.where(kept[2], 2, 1)).astype(jnp.uint16)
   nibbles = (first | second << 2).reshape(groups // 4, 4, cols)
   words = nibbles[:, 0] | nibbles[:, 1] << 4 | nibbles[:, 2] << 8 | nibbles[:, 3] << 12
-  return Packed24(jnp.stack([low, high], 1).reshape(2 * groups, cols).astype(dtype), words)
+  return jnp.stack([low, high], 1).reshape(2 * groups, cols).astype(dtype), words
 
 
-def _keep_two(m0, m1, m2, m3):
+def _keep_two(a, b, c, d):
   """Which two of four magnitudes are largest; a tie goes to the lower index. Each pair is compared once."""
-  b01, b02, b03, b12, b13, b23 = m1 > m0, m2 > m0, m3 > m0, m2 > m1, m3 > m1, m3 > m2  # bij: j beats i
-  return (
-    ~_two_of(b01, b02, b03),
-    ~_two_of(~b01, b12, b13),
-    ~_two_of(~b02, ~b12, b23),
-    _two_of(b03, b13, b23),
-  )
-
-
-def _two_of(a, b, c):
-  return (a & b) | (c & (a | b))
+  ab, ac, ad, bc, bd, cd = b > a, c > a, d > a, c > b, d > b, d > c  # xy: y beats x
+  two_of = lambda x, y, z: (x & y) | (z & (x | y))
+  return ~two_of(ab, ac, ad), ~two_of(~ab, bc, bd), ~two_of(~ac, ~bc, cd), two_of(ad, bd, cd)
 
 
 def _magnitude(w):

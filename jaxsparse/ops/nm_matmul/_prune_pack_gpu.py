@@ -21,28 +21,25 @@ from jaxlib.mlir.dialects import llvm
 from jaxsparse.ops.nm_matmul import _transposable
 
 _ROWS, _COLS = 16, 8  # of a thread's tile
-_WARPS = 4
+_THREADS = 128  # of a block; they lie side by side
 _LOW, _HIGH = 0x5410, 0x7632  # prmt: the low (high) halves of two words
 _SPREAD_SIGNS = 0xBB99  # prmt: the sign of each half, over the half
 
 
-def prune_and_pack(w, mask, dtype, *, ahead=8, warps_down=4):
+def prune_and_pack(w, mask, dtype):
   """One kernel for `_prune_pack.prune_and_pack`; the arguments are checked there.
 
   Args:
     w: `[K, O]` bf16, f16 or f32; K and O divisible by 16.
     mask: "transposable", "columnwise" or "bdwp".
     dtype: of the values, bf16 or f16; w's own unless that is f32.
-    ahead: rows to load before the first is needed: 4, 8 or 16.
-    warps_down: warps of a block stacked along K, the others along O: 1, 2 or 4.
 
   Returns:
     values `[K/2, O]` and metadata `[K/16, O]`; unless columnwise also values `[K, O/2]` and metadata `[O/16, K]`.
   """
   rows, cols = w.shape
-  tiles_down, pairs_across = rows // _ROWS, cols // (2 * _COLS)
-  warps_across = _WARPS // warps_down
-  across = -(-pairs_across // (16 * warps_across))
+  pairs = cols // (2 * _COLS)  # of neighbours, in a row of tiles
+  across = -(-pairs // (_THREADS // 2))
   out = [jax.ShapeDtypeStruct((rows // 2, cols), dtype), jax.ShapeDtypeStruct((rows // 16, cols), jnp.uint16)]
   if mask != "columnwise":
     out += [jax.ShapeDtypeStruct((rows, cols // 2), dtype), jax.ShapeDtypeStruct((cols // 16, rows), jnp.uint16)]
@@ -50,21 +47,18 @@ def prune_and_pack(w, mask, dtype, *, ahead=8, warps_down=4):
   def body(*refs):
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)))
     def emit(_, block, *refs):
-      block = _Word(block.registers.item())
-      thread = _Word(mgpu.thread_idx())
-      warp, lane = thread >> 5, thread & 31
-      down = block // across * warps_down + warp // warps_across
-      pair = (block % across * warps_across + warp % warps_across) * 16 + (lane >> 1)
-      # Threads past an edge repeat the last tile, so that a shuffle always finds both of its lanes.
-      tile = _Tile(mask, rows, cols, w.dtype, dtype, down.at_most(tiles_down - 1), pair.at_most(pairs_across - 1), lane & 1)
-      tile.run(ahead, *(mgpu.memref_ptr(ref) for ref in refs))
+      block, thread = _Word(block.registers.item()), _Word(mgpu.thread_idx())
+      pair = block % across * (_THREADS // 2) + (thread >> 1)
+      # Threads past the edge repeat the last tiles, so that a shuffle always finds both of its lanes.
+      tile = _Tile(mask, rows, cols, w.dtype, dtype, block // across, pair.at_most(pairs - 1), thread & 1)
+      tile.run(*(mgpu.memref_ptr(ref) for ref in refs))
 
     emit(lax.axis_index("block"), *refs)
 
   return plgpu.kernel(
     body,
     out_type=tuple(out),
-    grid=(across * -(-tiles_down // warps_down),),
+    grid=(rows // _ROWS * across,),
     grid_names=("block",),
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
@@ -86,7 +80,7 @@ class _Tile:
   pair: "_Word"  # which 16 columns; a thread has one half of them
   odd: "_Word"
 
-  def run(self, ahead, w, values, metadata, values_t=None, metadata_t=None):
+  def run(self, w, values, metadata, values_t=None, metadata_t=None):
     size = 4 if self.source == jnp.float32 else 2
     row, col = self.down * _ROWS, self.pair * (2 * _COLS) + self.odd * _COLS
     at = lambda pointer, row, width, col, size: _offset(pointer, (row.wide() * width + col.wide()) * size)
@@ -97,13 +91,11 @@ class _Tile:
       values_t = at(values_t, row, self.cols // 2, self.pair * _COLS + self.odd * (_COLS // 2), 2)
       metadata_t = at(metadata_t, self.pair, self.rows, row + self.odd * (_ROWS // 2), 2)
 
-    load = lambda r: [_load(w, r * self.cols * size + 16 * i) for i in range(size // 2)]
-    loaded = [load(r) for r in range(ahead)]
+    load = lambda r: [x for i in range(size // 2) for x in _load(w, r * self.cols * size + 16 * i)]
     words = [_Word(0)] * (_COLS // 2)  # forward metadata, two columns a word
     bytes_t = []  # of the backward metadata, two rows a word
     for group in range(0, _ROWS, 4):
-      loaded += [load(r) for r in range(len(loaded), min(group + 4 + ahead, _ROWS))]
-      block = [sum(loaded[r], []) for r in range(group, group + 4)]
+      block = [load(r) for r in range(group, group + 4)]
       kept, kept_t = self._masks(block)
       block = [self._to_target(line) for line in block]
       low, high, nibbles = zip(*(_take_two(lines, masks) for lines, masks in zip(zip(*block), kept)))
@@ -307,10 +299,10 @@ def _offset(pointer, offset):
 
 
 def _load(pointer, offset):
-  """16 bytes as four words, through the read-only path: no store in this kernel can hold the load back."""
+  """16 bytes as four words, through the read-only path: the compiler can move it up past any store."""
   i32 = ir.IntegerType.get_signless(32)
   struct = llvm.StructType.get_literal([i32] * 4)
-  ptx = f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+  ptx = f"ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
   out = llvm.inline_asm(struct, [_generic(pointer)], ptx, "=r,=r,=r,=r,l", has_side_effects=False)
   return [_Word(llvm.extractvalue(i32, out, [i])) for i in range(4)]
 

@@ -59,8 +59,8 @@ def best_mask(
     return first[0] + second[0], first[1] | second[1]
 
   def cross(p, q):
-    """For each pair of columns {k, l}: p takes one of them and q the other."""
-    return {(k, l): better(join(p[k], q[l]), join(p[l], q[k])) for k, l in PAIRS}
+    """For each pair of columns {k, m}: p takes one of them and q the other."""
+    return {(k, m): better(join(p[k], q[m]), join(p[m], q[k])) for k, m in PAIRS}
 
   def complementary(crossed):
     return better(join(crossed[0, 1], crossed[2, 3]), join(crossed[0, 2], crossed[1, 3]))
