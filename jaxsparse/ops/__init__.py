@@ -1,0 +1,1 @@
+"""Kernels that read sparse arrays: every op is a folder with its reference beside it."""

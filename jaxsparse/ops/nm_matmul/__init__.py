@@ -1,0 +1,1 @@
+"""`x @ w` for N:M sparse `w`."""
