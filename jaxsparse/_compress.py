@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _tree
 from jaxsparse import masks as masks_lib
+from jaxsparse.arrays import NMArray
 from jaxsparse.arrays import _nm_array
 from jaxsparse.structures import NM
 
@@ -145,7 +146,7 @@ def _compress_leaf(label, value, node, structure, dtype) -> tuple[Any, str]:
     reason = _nm_array.group_problem(mask, n, m) or ""
     if not reason:
       weight = value if dtype is None else jnp.asarray(value).astype(dtype)
-      return _nm_array.NMArray.from_dense(weight, n, m, mask, name=label), ""
+      return NMArray.from_dense(weight, n, m, mask, name=label), ""
   if structure is None:
     reason = "the mask is none of " + ", ".join(f"{n}:{m}" for n, m in _PATTERNS) + " along axis -2."
   return value, reason
