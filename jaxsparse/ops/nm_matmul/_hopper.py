@@ -7,10 +7,13 @@ the next tile while the others finish this one. The copy engine fills what lies 
 what is stored outside, so B, O and K may be ragged.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.nm_matmul import tuning as tunings
 from jaxsparse.ops.nm_matmul._hopper_layout import ALIGNMENT, CHUNK, SparseTensorCoreLayout
@@ -37,9 +40,9 @@ def supports(x, layout: SparseTensorCoreLayout, *, bias=None, activation=None, o
     return reason
   if (reason := _bad_arguments(x, layout, bias, activation, out_dtype)) is not None:
     return reason
-  device = jax.devices()[0]
-  if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-    return f"the sparse tensor-core kernel needs a Hopper GPU (compute capability 9.0), this is {device.device_kind}."
+  target = _dispatch.current_target()
+  if target.capability != (9, 0):
+    return f"the sparse tensor-core kernel needs a Hopper GPU (compute capability 9.0), this is {target}."
   return None
 
 
@@ -113,6 +116,8 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
   """The kernel for these shapes: takes x, values, metadata[, bias], gives `[B, O]`, or `[split_k, B, O]` parts."""
   pl, plgpu = mg.pl, mg.plgpu
   t = tuning
+  if out_dtype.itemsize == 4:  # the same shared memory for twice the bytes
+    t = dataclasses.replace(t, epilogue_n=max(8, t.epilogue_n // 16 * 8))
   batch, reduction = x.shape
   # Rows of y must be multiples of 16 bytes for the copy engine; what is added is cut off outside.
   out_columns = layout.outputs + -layout.outputs % (16 // out_dtype.itemsize)

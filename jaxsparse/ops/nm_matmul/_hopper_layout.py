@@ -9,9 +9,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-ALIGNMENT = 64  # K and O are padded to multiples of it; 128 bytes of 16-bit values, and the reach of a metadata word
+from jaxsparse.arrays import _nm_array
+
+ALIGNMENT = 64  # K and O are padded to multiples of it: 128 bytes of 16-bit values, and the reach of a metadata word
 CHUNK = 16  # entries of the reduction whose positions share a metadata entry
 _FILLER_NIBBLE = 0b0100  # positions 0 and 1
+_DTYPES = ("bfloat16", "float16")
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +23,7 @@ class SparseTensorCoreLayout:
   """w `[K, O]`, 2:4 along K, as `_hopper.nm_matmul_sparse_core` reads it.
 
   K' and O' are K and O rounded up to multiples of 64; what is added is zero. Where nothing is added and the pattern is
-  2:4, `values` are an NMArray's own values, reshaped.
+  2:4, `values` are the NMArray's own values, reshaped.
 
   Attributes:
     values: `[K' / 2, O']`, rows 2 i and 2 i + 1 are the kept entries of group i of 4; `[O', K' / 2]` when
@@ -28,15 +31,15 @@ class SparseTensorCoreLayout:
     metadata: `[K' / 16, O']` uint16: four groups of 4, the first in the low nibble; a nibble is i0 | i1 << 2 with
       positions i0 < i1 in [0, 4). The same for both orders of `values`.
     shape: (K, O), static.
-    pattern: (n, m) of the matrix that was packed, static.
-    reduction_contiguous: order of `values`, static. The kernel is as fast on both. The transposed one is what a
-      product with w^T reads off a w that was packed along its own last axis.
+    pattern: of the matrix that was packed, "2:4"; static.
+    reduction_contiguous: order of `values`, static. The kernel takes both. The transposed one is what a product with
+      w^T reads off a w that was packed along its own last axis.
   """
 
   values: jax.Array
   metadata: jax.Array
   shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
-  pattern: tuple[int, int] = dataclasses.field(default=(2, 4), metadata={"static": True})
+  pattern: str = dataclasses.field(default="2:4", metadata={"static": True})
   reduction_contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
@@ -48,12 +51,26 @@ class SparseTensorCoreLayout:
     return self.shape[1]
 
   @property
+  def ndim(self) -> int:
+    return 2
+
+  @property
   def dtype(self):
-    return self.values.dtype
+    return jnp.dtype(self.values.dtype)
 
   @property
   def nbytes(self) -> int:
-    return self.values.size * self.values.dtype.itemsize + self.metadata.size * 2
+    return self.values.size * self.dtype.itemsize + self.metadata.size * 2
+
+  def __repr__(self):
+    return f"SparseTensorCoreLayout({self.pattern}, shape={self.shape}, dtype={getattr(self.values, 'dtype', None)})"
+
+  def unpack(self) -> _nm_array.NMArray:
+    """The NMArray that `pack` was given, bit for bit."""
+    n, m = map(int, self.pattern.split(":"))
+    values, positions = unpack_quads(self)
+    values, indices = _from_quads(values, positions, n, m)
+    return _nm_array.NMArray.tree_unflatten((n, m), (values, indices, None))
 
 
 def fits_two_in_four(n: int, m: int) -> bool:
@@ -61,45 +78,40 @@ def fits_two_in_four(n: int, m: int) -> bool:
   return (n, m) == (1, 2) or (n <= 2 and m % 4 == 0)
 
 
-def pack(values, indices, *, m: int, reduction_contiguous: bool = False) -> SparseTensorCoreLayout:
-  """Packs an N:M matrix; the inverse of `unpack`.
+def pack(w: _nm_array.NMArray, *, reduction_contiguous: bool = False) -> SparseTensorCoreLayout:
+  """Packs an N:M matrix; `SparseTensorCoreLayout.unpack` is the inverse.
 
   Args:
-    values: `[K / m, n, O]`, bfloat16 or float16. A kept -0.0 becomes 0.0 unless the pattern is 2:4 or 1:2.
-    indices: `[K / m, n, O]`, integer, strictly increasing along axis 1, in [0, m).
-    m: group size.
+    w: `[K, O]`, bfloat16 or float16. A kept -0.0 becomes 0.0 unless the pattern is 2:4 or 1:2.
     reduction_contiguous: see `SparseTensorCoreLayout`.
 
   Raises:
-    ValueError: shapes disagree, the dtype has not 16 bits, or the pattern does not fit 2:4.
+    ValueError: the values are quantised or have not 16 bits, or the pattern does not fit 2:4.
   """
-  if values.ndim != 3 or values.shape != indices.shape:
-    raise ValueError(f"values have shape {values.shape} and indices {indices.shape}; both must be [K / m, n, O].")
-  if jnp.dtype(values.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-    raise ValueError(f"values are {values.dtype}; the sparse tensor cores' layout takes bfloat16 or float16.")
-  groups, n, outputs = values.shape
-  if not fits_two_in_four(n, m):
-    raise ValueError(f"{n}:{m} can keep more than 2 of 4 neighbours; the sparse tensor cores multiply 2:4 only.")
-  if groups * m % 4:
-    raise ValueError(f"{n}:{m} with K = {groups * m}: K must be divisible by 4.")
-  quads_values, quads_positions = _to_quads(values, indices.astype(jnp.uint16), n, m)
-  stored, metadata = pack_quads(quads_values, quads_positions, reduction_contiguous=reduction_contiguous)
-  return SparseTensorCoreLayout(stored, metadata, (groups * m, outputs), (n, m), reduction_contiguous)
+  if w.scales is not None or jnp.dtype(w.values.dtype).name not in _DTYPES:
+    raise ValueError(f"w's values are {w.values.dtype}; the sparse tensor cores' layout takes bfloat16 or float16.")
+  if not fits_two_in_four(w.n, w.m):
+    raise ValueError(f"{w.pattern} can keep more than 2 of 4 neighbours; the sparse tensor cores multiply 2:4 only.")
+  reduction, outputs = w.shape
+  if reduction % 4:
+    raise ValueError(f"w has shape {w.shape}; the sparse tensor cores need its reduction axis (-2) divisible by 4.")
+  values, positions = _to_quads(w.values, w.indices.astype(jnp.uint16), w.n, w.m)
+  stored, metadata = pack_quads(values, positions, reduction_contiguous=reduction_contiguous)
+  return SparseTensorCoreLayout(stored, metadata, (reduction, outputs), w.pattern, reduction_contiguous)
 
 
-def unpack(layout: SparseTensorCoreLayout):
-  """(values `[K / m, n, O]`, indices `[K / m, n, O]` uint8): what `pack` was given."""
-  (reduction, outputs), (n, m) = layout.shape, layout.pattern
-  values, positions = unpack_quads(layout)
+def _from_quads(values, positions, n, m):
+  """Inverse of `_to_quads`: values and uint8 indices `[K / m, n, O]`."""
+  quads, _, outputs = values.shape
   if (n, m) == (2, 4):
     return values, positions
   if (n, m) == (1, 2):
     offsets = jnp.array([0, 2], jnp.uint8)[:, None]
-    return values.reshape(reduction // 2, 1, outputs), (positions - offsets).reshape(reduction // 2, 1, outputs)
-  slots = m // 2
-  values = values.reshape(reduction // m, slots, outputs)
+    return values.reshape(2 * quads, 1, outputs), (positions - offsets).reshape(2 * quads, 1, outputs)
+  groups = quads * 4 // m
   offsets = jnp.arange(m // 4, dtype=jnp.uint8)[:, None, None] * 4
-  positions = (positions.reshape(reduction // m, m // 4, 2, outputs) + offsets).reshape(values.shape)
+  positions = (positions.reshape(groups, m // 4, 2, outputs) + offsets).reshape(groups, m // 2, outputs)
+  values = values.reshape(positions.shape)
   free = (values == 0) & jnp.signbit(values)
   order = jnp.argsort(free, axis=1, stable=True)[:, :n]  # kept slots first, ascending
   return jnp.take_along_axis(values, order, 1), jnp.take_along_axis(positions, order, 1)
