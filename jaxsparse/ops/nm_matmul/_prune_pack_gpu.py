@@ -12,12 +12,9 @@ from typing import Any
 from jax import lax
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import llvm
 
+from jaxsparse.ops import _mosaic_gpu as gpu
+from jaxsparse.ops._mosaic_gpu import arith, ir, llvm, plgpu
 from jaxsparse.ops.nm_matmul import _transposable
 
 _ROWS, _COLS = 16, 8  # of a thread's tile
@@ -47,11 +44,11 @@ def prune_and_pack(w, mask, dtype):
   def body(*refs):
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *[plgpu.RefType()] * len(refs)))
     def emit(_, block, *refs):
-      block, thread = _Word(block.registers.item()), _Word(mgpu.thread_idx())
+      block, thread = _Word(block.registers.item()), _Word(gpu.thread_index())
       pair = block % across * (_THREADS // 2) + (thread >> 1)
       # Threads past the edge repeat the last tiles, so that a shuffle always finds both of its lanes.
       tile = _Tile(mask, rows, cols, w.dtype, dtype, block // across, pair.at_most(pairs - 1), thread & 1)
-      tile.run(*(mgpu.memref_ptr(ref) for ref in refs))
+      tile.run(*(_Word(gpu.global_address(ref)) for ref in refs))
 
     emit(lax.axis_index("block"), *refs)
 
@@ -60,9 +57,7 @@ def prune_and_pack(w, mask, dtype):
     out_type=tuple(out),
     grid=(rows // _ROWS * across,),
     grid_names=("block",),
-    compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-    ),
+    compiler_params=gpu.COMPILER_PARAMS,
     kernel_name=f"prune_and_pack_{mask}",
   )(w)
 
@@ -83,7 +78,7 @@ class _Tile:
   def run(self, w, values, metadata, values_t=None, metadata_t=None):
     size = 4 if self.source == jnp.float32 else 2
     row, col = self.down * _ROWS, self.pair * (2 * _COLS) + self.odd * _COLS
-    at = lambda pointer, row, width, col, size: _offset(pointer, (row.wide() * width + col.wide()) * size)
+    at = lambda base, row, width, col, size: base + (row.wide() * width + col.wide()) * size
     w = at(w, row, self.cols, col, size)
     values = at(values, self.down * (_ROWS // 2), self.cols, col, 2)
     metadata = at(metadata, self.down, self.cols, col, 2)
@@ -159,7 +154,7 @@ class _Tile:
     odd = self.odd == _Word(1)
     done = []
     for upper, lower in zip(halves[:4], halves[4:]):
-      mine, other = odd.choose(lower, upper), _Word(mgpu.shfl_bfly(odd.choose(upper, lower).value, 1))
+      mine, other = odd.choose(lower, upper), _swap(odd.choose(upper, lower))
       done.append(odd.choose(other, mine) | odd.choose(mine, other) << 8)
     return done
 
@@ -200,7 +195,7 @@ def _magnitudes(line, dtype):
     if dtype == jnp.bfloat16:
       words = [half for word in words for half in ((word & 0x7FFF) << 16, word & 0xFFFF0000)]
     floats = [arith.bitcast(f32, word.value) for word in words]
-  return [_Float(arith.maxnumf(x, mgpu.c(0.0, f32))) for x in floats]
+  return [_Float(arith.maxnumf(x, arith.constant(f32, 0.0))) for x in floats]
 
 
 # The scalars of a kernel under construction.
@@ -281,7 +276,7 @@ class _Bool:
 
 def _constant(value, type_):
   bits = ir.IntegerType(type_).width
-  return mgpu.c(value - (1 << bits) if value >> (bits - 1) else value, type_)
+  return arith.constant(type_, value - (1 << bits) if value >> (bits - 1) else value)
 
 
 def _permute(low, high, selector):
@@ -294,25 +289,22 @@ def _asm(ptx, *words):
   return _Word(out)
 
 
-def _offset(pointer, offset):
-  return mgpu.getelementptr(pointer, [offset.value], ir.IntegerType.get_signless(8))
+def _swap(word):
+  """The word of the neighbouring lane; the whole warp takes part."""
+  i32 = ir.IntegerType.get_signless(32)
+  return _Word(gpu.inline_ptx("shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", [word.value], "=r,r", i32))
 
 
-def _load(pointer, offset):
+def _load(base, offset):
   """16 bytes as four words, through the read-only path: the compiler can move it up past any store."""
   i32 = ir.IntegerType.get_signless(32)
   struct = llvm.StructType.get_literal([i32] * 4)
   ptx = f"ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
-  out = llvm.inline_asm(struct, [_generic(pointer)], ptx, "=r,=r,=r,=r,l", has_side_effects=False)
+  out = llvm.inline_asm(struct, [base.value], ptx, "=r,=r,=r,=r,l", has_side_effects=False)
   return [_Word(llvm.extractvalue(i32, out, [i])) for i in range(4)]
 
 
-def _store(pointer, offset, words):
+def _store(base, offset, words):
   names = ", ".join(f"${i + 1}" for i in range(len(words)))
   ptx = f"st.global.v{len(words)}.b32 [$0+{offset}], {{{names}}};"
-  args = [_generic(pointer), *(w.value for w in words)]
-  llvm.inline_asm(None, args, ptx, "l" + ",r" * len(words), has_side_effects=True)
-
-
-def _generic(pointer):
-  return llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
+  gpu.inline_ptx(ptx, [base.value, *(w.value for w in words)], "l" + ",r" * len(words))
