@@ -109,7 +109,7 @@ def test_packing_agrees_with_the_packer_of_finished_weights():
   w = weights((64, 64), jnp.bfloat16)
   packed = prune_and_pack(w)
   for layout in (packed.forward, packed.backward):
-    again = _hopper_layout.pack(*_hopper_layout.unpack(layout), m=4, reduction_contiguous=layout.reduction_contiguous)
+    again = _hopper_layout.pack(layout.unpack(), reduction_contiguous=layout.reduction_contiguous)
     assert jax.tree.structure(again) == jax.tree.structure(layout)
     jax.tree.map(np.testing.assert_array_equal, again, layout)
 
