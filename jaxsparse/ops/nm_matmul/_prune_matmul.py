@@ -130,6 +130,8 @@ def _matmul_fwd(products, gradient, x, w, packed):
 
 def _matmul_bwd(products, gradient, residuals, dy):
   x, like, packed = residuals
+  # The sparse kernel wants dy in memory. Then dw should read it there too, not have XLA compute it once more inside a dot.
+  dy = jax.lax.optimization_barrier(dy)
   if packed.backward is None:
     dx = _dot(dy, packed.dense(), (1, 1))
   else:
