@@ -1,17 +1,20 @@
 """Pruning to 2:4 and packing against a slow NumPy reference."""
 
-import gpu_target
+import ahead_of_time
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import prune_pack as slow
 
+from jaxsparse.ops import _mosaic_gpu
 from jaxsparse.ops.nm_matmul import _hopper_layout
 from jaxsparse.ops.nm_matmul import _prune_pack
 from jaxsparse.ops.nm_matmul._prune_pack import prune_and_pack
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_no_compiler = _mosaic_gpu.unavailable() or ahead_of_time.unavailable()
+needs_compiler = pytest.mark.skipif(_no_compiler is not None, reason=str(_no_compiler))
 
 
 def weights(shape, dtype, seed=0):
@@ -139,15 +142,15 @@ def test_a_named_implementation_that_cannot_run_says_why():
   assert _prune_pack.which_prune_and_pack(jnp.ones((64, 64))).implementation == "xla"
 
 
-@pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable()))
+@needs_compiler
 @pytest.mark.parametrize("mask", _prune_pack.MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_compiles_for_an_h100(mask, dtype):
   w = jax.ShapeDtypeStruct((192, 320), dtype)
-  with gpu_target.h100():
+  with jax.sharding.use_abstract_mesh(ahead_of_time.h100_mesh()):
     assert _prune_pack.which_prune_and_pack(w, mask=mask).implementation == "mosaic_gpu"
     assert _prune_pack.which_prune_and_pack(w, dtype=jnp.float32).implementation == "xla"
-  compiled = gpu_target.compile_for_h100(lambda w: prune_and_pack(w, mask=mask), w)
+  compiled = ahead_of_time.compile_for_h100(lambda w: prune_and_pack(w, mask=mask), w)
   assert "mosaic_gpu" in compiled.as_text()
 
 

@@ -1,6 +1,6 @@
 """`prune_matmul`: products and gradients against float64, and training with it."""
 
-import gpu_target
+import ahead_of_time
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +8,15 @@ import optax
 import pytest
 from references import prune_pack as slow
 
+from jaxsparse.ops import _mosaic_gpu
 from jaxsparse.ops.nm_matmul import _prune_pack
 from jaxsparse.ops.nm_matmul import _prune_matmul
 from jaxsparse.ops.nm_matmul._prune_matmul import prune_matmul
 from jaxsparse.ops.nm_matmul._prune_pack import prune_and_pack
 
 TOLERANCE = {jnp.bfloat16: 1e-2, jnp.float16: 2e-3, jnp.float32: 2e-6}
+_no_compiler = _mosaic_gpu.unavailable() or ahead_of_time.unavailable()
+needs_compiler = pytest.mark.skipif(_no_compiler is not None, reason=str(_no_compiler))
 
 
 def operands(rows=24, reduction=64, outputs=96, dtype=jnp.float32, seed=0):
@@ -139,13 +142,13 @@ def test_what_runs_can_be_asked():
     prune_matmul(x, w, implementation="hopper")
 
 
-@pytest.mark.skipif(gpu_target.unavailable() is not None, reason=str(gpu_target.unavailable()))
+@needs_compiler
 @pytest.mark.parametrize("mask", _prune_pack.MASKS)
 def test_a_step_compiles_for_an_h100(mask):
   x, w, dy = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands(512, 256, 512, jnp.bfloat16))
-  with gpu_target.h100():
+  with jax.sharding.use_abstract_mesh(ahead_of_time.h100_mesh()):
     plan = _prune_matmul.which_prune_matmul(x, w, mask=mask)
   sparse = ["forward"] if mask == "columnwise" else ["forward", "dx"]
   assert [name for name, choice in plan.items() if choice.implementation == "hopper"] == sparse
   step = lambda x, w, dy: jax.vjp(lambda x, w: prune_matmul(x, w, mask=mask), x, w)[1](dy)
-  assert "mosaic_gpu" in gpu_target.compile_for_h100(step, x, w, dy).as_text()
+  assert "mosaic_gpu" in ahead_of_time.compile_for_h100(step, x, w, dy).as_text()
