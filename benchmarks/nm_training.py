@@ -38,6 +38,8 @@ _SCALE = flags.DEFINE_integer("scale", 1, "Divides every side of a weight: to tr
 _LOSS_CURVE = flags.DEFINE_bool("loss_curve", False, "Train the small transformer instead of timing.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Training steps of the small transformer.")
 _WIDTH = flags.DEFINE_integer("width", 512, "Width of the small transformer.")
+_BATCH = flags.DEFINE_integer("batch", 32, "Sequences in a batch of the small transformer.")
+_LENGTH = flags.DEFINE_integer("length", 256, "Bytes in its sequences.")
 _OUT = flags.DEFINE_string("out", "results/nm_training", "Where the JSON and the plots go, without suffix.")
 
 WEIGHTS = ((8192, 8192), (4096, 28672), (14336, 4096))
@@ -224,8 +226,9 @@ def standard_library() -> np.ndarray:
   return np.frombuffer(b"\n".join(path.read_bytes() for path in files), np.uint8)
 
 
-def train(product, text, config, *, layers: int = 4, batch: int = 32, length: int = 256) -> np.ndarray:
+def train(product, text, config, *, layers: int = 4) -> np.ndarray:
   """Loss (nats a byte) of every step. The same seed gives the same batches and the same first weights."""
+  batch, length = _BATCH.value, _LENGTH.value
   keys = jax.random.split(jax.random.key(0), 3)
   params = {
     "embedding": jax.random.normal(keys[0], (256, config.dim)) * 0.02,
@@ -279,8 +282,9 @@ def loss_curve() -> list[dict]:
     "2:4 bdwp": functools.partial(ops.prune_matmul, mask="bdwp"),
   }
   w = jax.ShapeDtypeStruct((width, 6 * width), jnp.float32)
-  plan = ops.which_prune_matmul(jax.ShapeDtypeStruct((32, 256, width), jnp.bfloat16), w)
+  plan = ops.which_prune_matmul(jax.ShapeDtypeStruct((_BATCH.value, _LENGTH.value, width), jnp.bfloat16), w)
   ran = {part: choice.implementation for part, choice in plan.items()}
+  settings = {"steps": _STEPS.value, "width": width, "batch": _BATCH.value, "length": _LENGTH.value}
   rows = []
   for name, product in variants.items():
     start = time.perf_counter()
@@ -290,7 +294,7 @@ def loss_curve() -> list[dict]:
     rows[-1] |= {"ran on": ran} if "2:4" in name else {"text bytes": int(text.size)}
     print(name, "first", losses[0], "last tenth", last, flush=True)
     # After every variant, so that a run that is cut short leaves what it has.
-    report.write_json(f"{_OUT.value}_loss.json", rows, steps=_STEPS.value, width=width)
+    report.write_json(f"{_OUT.value}_loss.json", rows, **settings)
     plot_losses(rows)
   return rows
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments import decode_attention
 from jaxsparse import ops
 
 
@@ -47,11 +48,6 @@ class Layer(NamedTuple):
   mlp_norm: jax.Array  # [D]
   gate_up: Any  # [D, 2 F]
   down: Any  # [F, D]
-
-
-class Cache(NamedTuple):
-  keys: jax.Array  # [B, kv_heads, T, head_dim]
-  values: jax.Array  # [B, kv_heads, T, head_dim]
 
 
 def init_layer(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16) -> Layer:
@@ -109,29 +105,31 @@ def block(layer: Layer, x: jax.Array, config: Config, product: Callable = matmul
 
 
 def decode_block(
-  layer: Layer, cache: Cache, x: jax.Array, position: jax.Array, config: Config, product: Callable = matmul
-) -> tuple[Cache, jax.Array]:
+  layer: Layer,
+  cache: jax.Array,
+  x: jax.Array,
+  position: jax.Array,
+  config: Config,
+  product: Callable = matmul,
+  attend: Callable = decode_attention.reference,
+) -> tuple[jax.Array, jax.Array]:
   """One layer of one decoding step.
 
   Args:
     layer: the weights.
-    cache: keys and values of the positions before.
+    cache: `[B, 2, kv_heads, T, head_dim]`, keys and values of the positions before.
     x: `[B, D]`, the residual stream at `position`.
     position: int32 scalar, the same for the whole batch.
     config: shapes.
     product: how weights are multiplied with.
+    attend: `decode_attention.reference`, or on an H100 `decode_attention.attention`.
 
   Returns:
     The cache with this position written, and `[B, D]`.
   """
-  batch = x.shape[0]
   q, k, v = _heads(layer, x[:, None], position[None], config, product)
-  write = lambda old, new: jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, position, 0))
-  cache = Cache(write(cache.keys, k), write(cache.values, v))
-  q = q.reshape(batch, config.kv_heads, -1, config.head_dim)  # query heads that share a key head
-  scores = jnp.einsum("bkgd,bktd->bkgt", q, cache.keys, preferred_element_type=jnp.float32)
-  visible = jnp.arange(scores.shape[-1]) <= position
-  weights = jax.nn.softmax(jnp.where(visible, scores * config.head_dim**-0.5, -jnp.inf), -1)
-  attended = jnp.einsum("bkgt,bktd->bkgd", weights.astype(x.dtype), cache.values)
-  x = x + product(attended.reshape(batch, -1), layer.out)
+  written = jnp.stack([k, v], 1).swapaxes(2, 3)  # one write for both
+  cache = jax.lax.dynamic_update_slice(cache, written, (0, 0, 0, position, 0))
+  q = q.reshape(x.shape[0], config.kv_heads, -1, config.head_dim)  # query heads that share a key head
+  x = x + product(attend(q, cache, position).reshape(x.shape[0], -1), layer.out)
   return cache, x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm), product)

@@ -2,13 +2,19 @@
 
 import functools
 
+import ahead_of_time
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import decode_attention
 from experiments import llama
 from jaxsparse import ops
+from jaxsparse.ops import _mosaic_gpu
+
+_no_compiler = _mosaic_gpu.unavailable() or ahead_of_time.unavailable()
+needs_compiler = pytest.mark.skipif(_no_compiler is not None, reason=str(_no_compiler))
 
 CONFIG = llama.Config(dim=64, heads=4, kv_heads=2, head_dim=16, hidden=96)
 WEIGHTS = ("qkv", "out", "gate_up", "down")
@@ -25,8 +31,8 @@ def change(layer, fn):
 
 def decode(layer, x):
   """The block, position by position."""
-  shape = (x.shape[0], CONFIG.kv_heads, x.shape[1], CONFIG.head_dim)
-  cache = llama.Cache(jnp.full(shape, 9, x.dtype), jnp.full(shape, 9, x.dtype))  # what is not written is not seen
+  shape = (x.shape[0], 2, CONFIG.kv_heads, x.shape[1], CONFIG.head_dim)
+  cache = jnp.full(shape, 9, x.dtype)  # what is not written is not seen
 
   def step(cache, inputs):
     return llama.decode_block(layer, cache, inputs[0], inputs[1], CONFIG)
@@ -37,6 +43,24 @@ def decode(layer, x):
 def test_decoding_agrees_with_the_whole_sequence():
   layer, x = layer_and_input()
   np.testing.assert_allclose(decode(layer, x), llama.block(layer, x, CONFIG), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(_mosaic_gpu.unavailable() is not None, reason=str(_mosaic_gpu.unavailable()))
+@pytest.mark.parametrize("position", [5, 127, 90])
+def test_attention_kernel_interpreted(position):
+  q = jax.random.normal(jax.random.key(0), (1, 2, 4, 128), jnp.bfloat16)
+  cache = jax.random.normal(jax.random.key(1), (1, 2, 2, 128, 128), jnp.bfloat16)
+  want = np.asarray(decode_attention.reference(q, cache, jnp.int32(position)), np.float32)
+  interpret = _mosaic_gpu.Interpret(detect_races=True)
+  got = np.asarray(decode_attention.attention(q, cache, jnp.int32(position), interpret=interpret), np.float32)
+  assert np.linalg.norm(got - want) < 6e-3 * np.linalg.norm(want)
+
+
+@needs_compiler
+def test_attention_kernel_compiles_for_an_h100():
+  spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  args = spec(16, 8, 4, 128), spec(16, 2, 8, 1024, 128), jax.ShapeDtypeStruct((), jnp.int32)
+  assert "mosaic_gpu" in ahead_of_time.compile_for_h100(decode_attention.attention, *args).as_text()
 
 
 def test_positions_matter_only_relatively():
