@@ -53,7 +53,8 @@ def sm_count() -> int:
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
     return abstract.num_cores or 132
-  return getattr(jax.devices()[0], "core_count", None) or 132
+  device = jax.devices()[0]
+  return device.core_count if device.platform == "gpu" else 132
 
 
 # -- Words of the device code (only inside inline_mgpu) ---------------------------------------------------------------
