@@ -88,11 +88,16 @@ class Plan:
     return _round_up(self.zero_offset + self.zero_bytes, 128)
 
   @property
-  def smem_bytes(self):
+  def inbox_offset(self):
     T = self.tuning
     warps = T.rows * T.depth
     ring = self.ring_offset + warps * T.stages * T.chunks * self.layout.chunk.nbytes
     return _round_up(max(ring, self.x_offset + warps * self.slab_bytes), 128)
+
+  @property
+  def smem_bytes(self):
+    # The inbox has room for the sums of a cluster's blocks; it overlays nothing, as blocks end at different times.
+    return self.inbox_offset + (self.tuning.rows * self.batch * 256 if self.tuning.split > 1 else 0)
 
 
 def _round_up(x, to):

@@ -139,8 +139,9 @@ class Emitter:
   def _vector(self, address, offset, count):
     return shared_load(address, offset, count)
 
-  def byte(self, offset):
-    return asm(f"{{ .reg .b16 t; ld.shared.u8 t, [$1 + {offset}]; cvt.u32.u16 $0, t; }}", "r", [self.base + self.lane])[0]
+  def short(self, offset):
+    ptx = f"{{ .reg .b16 t; ld.shared.u16 t, [$1 + {offset}]; cvt.u32.u16 $0, t; }}"
+    return asm(ptx, "r", [self.base + self.lane * 2])[0]
 
   def prmt(self, a, selector, b=None):
     b = Word(0) if b is None else Word(b)
@@ -158,15 +159,20 @@ def shared_load(address, offset, count, kind="r"):
   return asm(f"ld.shared{vector}.b32 {names}, [${count} + {offset}];", kind * count, [address])
 
 
-def mma_sp(kind, acc, a, b, meta, selector):
+def mma_sp(kind, acc, a, b, meta, selector, ordered):
   """acc + A @ B, four floats."""
+  variant = "sp::ordered_metadata" if ordered else "sp"
   return asm(
-    f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
+    f"mma.{variant}.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
     f"{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9, $10, $11}}, {{$12, $13, $14, $15}}, $16, {selector};",
     "ffff",
     [*a, *b, *acc, meta],
     effects=False,
   )
+
+
+def _fma(a, b, c):
+  return asm("fma.rn.f32 $0, $1, $2, $3;", "f", [a, b, c], effects=False)[0]
 
 
 def _loop(low, high, carry, body):
@@ -327,11 +333,12 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
           steps = 2 * chunk.parts // max(1, chunk.scales)
           sums = [_float(0.0)] * 4 if chunk.scales else total
           for step in range(r * steps, r * steps + steps):
-            for registers, metas in operands[step // 2]:
-              sums = mma_sp(ops.kind, sums, registers[t][step % 2], fragments[step][n], metas[t], step % 2)
+            for layer, (registers, metas) in zip(chunk.layers, operands[step // 2], strict=True):
+              a, b = registers[t][step % 2], fragments[step][n]
+              sums = mma_sp(ops.kind, sums, a, b, metas[t], step % 2, layer.pairs)
           if chunk.scales:
             factor = scales[r][2 * t : 2 * t + 2]
-            total = [arith.addf(total[i], arith.mulf(sums[i], factor[i // 2])) for i in range(4)]
+            total = [_fma(sums[i], factor[i // 2], total[i]) for i in range(4)]
           else:
             total = sums
         acc[at : at + 4] = total
@@ -410,7 +417,7 @@ def _reduce(plan, acc, thread, warp, g, c, block, rank, slabs, bias_ref, y_base)
     for k in range(T.depth):
       part = shared_load(at, k * T.rows * slab, 4, "f")
       total = part if total is None else [arith.addf(p, q) for p, q in zip(total, part, strict=True)]
-    return at, total
+    return total
 
   def items(total_items, body):
     def step(i, _):
@@ -426,39 +433,35 @@ def _reduce(plan, acc, thread, warp, g, c, block, rank, slabs, bias_ref, y_base)
 
     def whole(index):
       b, o4 = index // quads, index % quads
-      _, sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
+      sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
       finish(o4, b, sums)
 
     items(plan.batch * quads, whole)
     return
 
-  if T.depth > 1:
-
-    def part(index):
-      b, o4 = index // quads, index % quads
-      at, sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
-      asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "", [at, *sums])
-
-    items(plan.batch * quads, part)
-  asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", [])
+  # Every block owns a share of the outputs and gets the others' sums pushed, so one barrier is enough.
   share = quads // T.split
+  inbox = slabs - plan.x_offset + plan.inbox_offset
+  per_rank = plan.batch * share * 16
 
-  def remote(index):
-    b, o4 = index // share, index % share + rank * share
-    at = slabs + (o4 // 16) * slab + b * stride + (o4 % 16) * 16
+  def push(index):
+    b, o4 = index // quads, index % quads
+    sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
+    to = inbox + rank * per_rank + (b * share + o4 % share) * 16
+    ptx = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.v4.f32 [a], {$2, $3, $4, $5}; }"
+    asm(ptx, "", [to, o4 // share, *sums])
+
+  items(plan.batch * quads, push)
+  asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", [])
+
+  def owned(index):
     sums = None
     for r in range(T.split):
-      part = asm(
-        f"{{ .reg .b32 a; mapa.shared::cluster.u32 a, $4, {r}; ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [a]; }}",
-        "ffff",
-        [at],
-      )
+      part = shared_load(inbox + index * 16, r * per_rank, 4, "f")
       sums = part if sums is None else [arith.addf(p, q) for p, q in zip(sums, part, strict=True)]
-    finish(o4, b, sums)
+    finish(index % share + rank * share, index // share, sums)
 
-  items(plan.batch * share, remote)
-  # Nobody leaves while another block may still read its sums.
-  asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", [])
+  items(plan.batch * share, owned)
 
 
 def _activate(x, kind):
