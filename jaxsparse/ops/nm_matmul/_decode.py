@@ -71,6 +71,11 @@ class Plan:
     return 8 * self.tiles_n * 68 * 4
 
   @property
+  def row_bytes(self):
+    # 16 more than a multiple of 128, so that rows start in different banks.
+    return 2 * self.phase * self.layout.step + 16
+
+  @property
   def x_offset(self):
     return _round_up(8 * self.tuning.stages * self.tuning.rows * self.tuning.depth, 128)
 
@@ -81,7 +86,7 @@ class Plan:
   @property
   def zero_offset(self):
     buffers = 2 if self.phases > 1 else 1
-    return self.x_offset + buffers * self.batch * (2 * self.phase * self.layout.step + 16)
+    return self.x_offset + buffers * self.batch * self.row_bytes
 
   @property
   def ring_offset(self):

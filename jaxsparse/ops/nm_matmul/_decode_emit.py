@@ -256,38 +256,12 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
     issue(Word(s), Word(s))
 
   # x: rows of `phase` chunks in the operand's order, a row of zeros for batch entries that are not there.
-  phase_k = plan.phase * lay.step
-  row_bytes, piece = 2 * phase_k + 16, 16 if lay.m == 4 else 8
+  row_bytes = plan.row_bytes
   x_smem, zeros = smem + plan.x_offset, smem + plan.zero_offset
-  per_row = phase_k * 2 // piece
-  pieces = plan.batch * per_row
 
   def load_x(phase):
-    start = (first + phase * plan.phase) * lay.step  # first k
     buffer = x_smem + (phase & 1) * (plan.batch * row_bytes) if plan.phases > 1 else x_smem
-
-    def body(i, _):
-      index = i * plan.threads + thread
-      row, at = index // per_row, index % per_row
-      k = start + at * (piece // 2)
-      to = at * piece
-      if piece == 8:
-        # Group 4 c + 2 s + h of 64 goes to position 8 s + 4 h + c.
-        to = (at >> 4 << 7) + ((at & 2) << 5) + ((at & 1) << 5) + ((at >> 2 & 3) << 3)
-      inside = select(index.compare("lt", pieces), select(k.compare("lt", K), piece, 0), 0)
-      row, k = row.min(plan.batch - 1), k.min(K - piece // 2)
-      to = buffer + row * row_bytes + to
-
-      def copy():
-        asm(f"cp.async.ca.shared.global [$0], [$1], {piece}, $2;", "", [to, _offset64(x_base, row * K + k, 2), inside])
-
-      if pieces % plan.threads:
-        _when(index.compare("lt", pieces), copy)
-      else:
-        copy()
-      return []
-
-    _loop(Word(0), Word(-(-pieces // plan.threads)), [], body)
+    _load_x(plan, x_base, buffer, (first + phase * plan.phase) * lay.step, thread, block)
 
   load_x(Word(0))
   if plan.batch % 8:
@@ -377,6 +351,54 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   else:
     acc = one_phase(Word(0), acc)
   _reduce(plan, acc, thread, warp, g, c, block, rank, smem + plan.x_offset, bias_ref, y_base)
+
+
+def _load_x(plan, x_base, buffer, start, thread, block):
+  """Asynchronous copies of a phase of x, from k = `start` on, to the shared-memory address `buffer`."""
+  K, threads = plan.layout.shape[0], plan.threads
+  piece = 16 if plan.layout.m == 4 else 8
+  per_row = plan.phase * plan.layout.step * 2 // piece
+  # A thread keeps its place in the row; if that does not come out even, some threads have none.
+  wide = per_row > threads
+  across = threads if wide else per_row
+  down = 1 if wide else threads // per_row
+  column, row0 = (thread, Word(0)) if wide else (thread % across, thread // across)
+
+  def copy(row, at, k):
+    to = at * piece
+    if piece == 8:
+      # Group 4 c + 2 s + h of 64 goes to position 8 s + 4 h + c.
+      to = (at >> 4 << 7) + ((at & 2) << 5) + ((at & 1) << 5) + ((at >> 2 & 3) << 3)
+    inside = select(k.compare("lt", K), piece, 0)
+    source = _offset64(x_base, row * K + k.min(K - piece // 2), 2)
+    asm(f"cp.async.ca.shared.global [$0], [$1], {piece}, $2;", "", [buffer + row * plan.row_bytes + to, source, inside])
+
+  def columns(j, _):
+    at = column + j * threads
+    k = start + at * (piece // 2)
+
+    def rows(i, _):
+      row = row0 + i * down
+      there = arith.andi(row.compare("lt", plan.batch), at.compare("lt", per_row))
+      # Blocks start at different rows, so that not all of them ask for the same lines at once.
+      turned = (row + block) % plan.batch if plan.batch & plan.batch - 1 else (row + block) & plan.batch - 1
+      if plan.batch % down or per_row % across or (not wide and threads % per_row):
+        _when(there, lambda: copy(turned, at, k))
+      else:
+        copy(turned, at, k)
+      return []
+
+    steps = -(-plan.batch // down)
+    if steps <= 16:
+      for i in range(steps):
+        rows(Word(i), None)
+      return []
+    return _loop(Word(0), Word(steps), [], rows)
+
+  if wide and per_row > threads:
+    _loop(Word(0), Word(-(-per_row // threads)), [], columns)
+  else:
+    columns(Word(0), None)
 
 
 def _scale_floats(ops, plan, row):

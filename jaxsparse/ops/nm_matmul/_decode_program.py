@@ -1,7 +1,7 @@
 """What a lane does with its bytes of a chunk: register words and metadata for `mma.sp`.
 
 Written once over an `ops` object, so that the kernel emits it and the tests run it on NumPy arrays of 32 lanes. A word is
-anything with & | ^ ~ << >> * + by Python ints, modulo 2**32. `ops` has
+anything with & | ^ << >> * + - by words or Python ints, modulo 2**32. `ops` has
   load(offset, index, count): `count` words at byte `offset` + 4 * `count` * index, index one of "lane", "g", "gs"
    (g = lane // 4, gs = 2 * g + lane % 4 // 2);
   short(offset): the 16 bits at `offset` + 2 * lane;
@@ -42,6 +42,12 @@ def _values(ops, layer, bits, dtype, base):
   return [w for word in words for w in _widen(ops, word, bits, dtype)]
 
 
+def _part(word, mask):
+  """(word outside the mask, word inside it); a subtraction, as logic operations have only half the rate."""
+  inside = word & mask
+  return word - inside, inside
+
+
 def operand(ops, layer, m, bits, dtype, base):
   """Registers of the sparse operand of one layer for 64 outputs x 64 of K.
 
@@ -66,7 +72,8 @@ def operand(ops, layer, m, bits, dtype, base):
   registers = [[[None] * 4 for _ in range(2)] for _ in range(4)]
   place = ops.short(base + layer.place) if m > 4 else None
   for w, word in enumerate(values):
-    rows = (word & _LOW, word & _HIGH)
+    high = word & _HIGH
+    rows = (word - high, high)
     if m == 4:
       t, s, h = w // 4, w // 2 % 2, w % 2
       registers[t][s][2 * h : 2 * h + 2] = rows
@@ -74,11 +81,13 @@ def operand(ops, layer, m, bits, dtype, base):
     first = ops.prmt(place << w, 0x9988)  # all ones in the halves whose entry has its (first) bit set
     if m == 8:
       t, s = divmod(w, 2)
-      registers[t][s] = [rows[0] & ~first, rows[1] & ~first, rows[0] & first, rows[1] & first]
+      registers[t][s] = [half[e] for half in zip(*(_part(r, first) for r in rows), strict=True) for e in (0, 1)]
       continue
     second = ops.prmt(place << 4 + w, 0x9988)
-    registers[w][0] = [r & ~first & half for half in (~second, second) for r in rows]
-    registers[w][1] = [r & first & half for half in (~second, second) for r in rows]
+    steps = [_part(r, first) for r in rows]
+    for step in range(2):
+      halves = [_part(steps[e][step], second) for e in (0, 1)]
+      registers[w][step] = [halves[e][h] for h in (0, 1) for e in (0, 1)]
   return registers, metas
 
 
