@@ -139,6 +139,14 @@ class NMArray:
         kept entry is NaN. Under `jit` groups cannot be looked at: one that keeps too many loses its last entries.
       TypeError: w is not bfloat16, float16 or float32.
     """
+    if is_concrete(w) and (mask is None or is_concrete(mask)):
+      # Constants inside a traced function still have values: compute on them now, so that they can be looked at.
+      with jax.ensure_compile_time_eval():
+        return cls._from_dense(w, n, m, mask, name)
+    return cls._from_dense(w, n, m, mask, name)
+
+  @classmethod
+  def _from_dense(cls, w, n, m, mask, name) -> Self:
     w = jnp.asarray(w)
     if len(w.shape) < 2:
       raise ValueError(f"{name} has shape {w.shape}; an N:M array needs two dimensions [K, O] or more.")
@@ -149,14 +157,13 @@ class NMArray:
         f"{name} has shape {w.shape}; {n}:{m} needs its reduction axis (-2) divisible by {m}. "
         "Pad the weight, or leave it dense."
       )
-    if mask is None:
-      keep = w != 0
-    else:
-      keep = jnp.asarray(mask).astype(bool)
-      if keep.shape != w.shape:
-        raise ValueError(f"{name} has shape {w.shape}, its mask {keep.shape}; they must be equal.")
+    keep = w != 0 if mask is None else jnp.asarray(mask).astype(bool)
+    if keep.shape != w.shape:
+      raise ValueError(f"{name} has shape {w.shape}, its mask {keep.shape}; they must be equal.")
     if is_concrete(keep):
-      check_groups(keep, n, m, name, "weight" if mask is None else "mask")
+      problem = group_problem(keep, n, m, "weight" if mask is None else "mask")
+      if problem is not None:
+        raise ValueError(f"{name}: {problem}")
     values, indices = _pack(w, keep, n, m)
     if is_concrete(values):
       _check_no_nan(values, name)
@@ -278,13 +285,6 @@ def _check_no_nan(values: Any, name: str, what: str = "values") -> None:
       )
 
 
-def check_groups(keep: Any, n: int, m: int, name: str, what: str = "mask") -> None:
-  """ValueError, naming the first group, if a group of m along axis -2 keeps more than n."""
-  problem = group_problem(keep, n, m, what)
-  if problem is not None:
-    raise ValueError(f"{name}: {problem}")
-
-
 def group_problem(keep: Any, n: int, m: int, what: str = "mask") -> str | None:
   """Why a mask `[*S, K, O]` with K divisible by m is not n:m along axis -2, or None if it is."""
   with jax.ensure_compile_time_eval():
@@ -327,11 +327,11 @@ def _pack(w, keep, n, m):
   for p in range(m):
     kept = keep[..., p, :]
     take = kept | (short > 0)
-    short = short - (take & ~kept)
+    short = short - (take & ~kept).astype(jnp.int32)
     for j, (value, index) in enumerate(slots[: p + 1]):
       here = take & (at == j)
       slots[j] = jnp.where(here, w[..., p, :], value), jnp.where(here, jnp.uint8(p), index)
-    at = at + take
+    at = at + take.astype(jnp.int32)
   values, indices = zip(*slots)
   return jnp.stack(values, -2), jnp.stack(indices, -2)
 
@@ -339,7 +339,7 @@ def _pack(w, keep, n, m):
 def _scatter(values, indices, m):
   """`[*S, K/m, n, O]` -> `[*S, K, O]`; elementwise, so that XLA fuses it with what comes before and after."""
   *stack, groups, n, outputs = values.shape
-  position = jax.lax.broadcasted_iota(jnp.uint8, (m, outputs), 0)
+  position = jax.lax.broadcasted_iota(jnp.uint8, (*(1,) * (len(stack) + 1), m, outputs), len(stack) + 1)
   dense = jnp.zeros((*stack, groups, m, outputs), values.dtype)
   for j in range(n):
     dense = jnp.where(indices[..., j, None, :] == position, values[..., j, None, :], dense)

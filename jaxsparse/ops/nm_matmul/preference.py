@@ -25,7 +25,9 @@ def order(batch: int, w: Any, packed: str | None, target: _dispatch.Target) -> S
   xla = ("xla", "decompresses, then a dense dot: no kernel runs this.")
   extra = "" if packed else " The weight is packed in every call: pack it once."
   if w.shape[0] * w.shape[1] < SMALL_WEIGHT:
-    return [("xla", f"a dense dot is expected to win below {SMALL_WEIGHT} weights, this one has {w.shape[0]} x {w.shape[1]}.")]
+    return [
+      ("xla", f"a dense dot is expected to win below {SMALL_WEIGHT} weights, this one has {w.shape[0]} x {w.shape[1]}.")
+    ]
   hopper = ("hopper", f"the sparse tensor cores.{extra}")
   decode = ("decode", f"few rows of x: reads only packed bytes.{extra}")
   first = [decode, hopper] if batch <= DECODE_BATCH and not _prefers_tensor_cores(w) else [hopper, decode]
