@@ -232,19 +232,29 @@ def _run(x, w, bias, implementation, strict, activation, dtype):
     forward = _run_kernel(implementation, strict)
   else:
     forward = _run_plain(implementation)
-  y = vjp.matmul(vjp.Call(forward, _dense, activation, dtype), x.reshape(-1, x.shape[-1]), w, bias)
+  y = vjp.matmul(vjp.Call(forward, _dense, _spread, activation, dtype), x.reshape(-1, x.shape[-1]), w, bias)
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
 def _dense(w, dtype):
+  packed = _packed_as(w)
+  return w.to_dense(dtype) if packed is None else _layout_module(packed).to_dense(w).astype(dtype)
+
+
+def _spread(w, dtype):
   return unpack(w).to_dense(dtype)
+
+
+def _xla(x, w, bias, activation, dtype):
+  return reference.xla(x, _dense(w, x.dtype), bias, activation, dtype)
 
 
 @functools.cache
 def _run_plain(name: str):
   """ "reference" or "xla", from any form of the weight."""
-  plain = reference.reference if name == "reference" else reference.xla
-  return lambda x, w, bias, activation, dtype: plain(x, unpack(w), bias, activation, dtype)
+  if name == "xla":
+    return _xla
+  return lambda x, w, bias, activation, dtype: reference.reference(x, unpack(w), bias, activation, dtype)
 
 
 @functools.cache
@@ -257,7 +267,7 @@ def _run_kernel(name: str, strict: bool):
       return _kernel(name)[1](x, w, bias=bias, activation=activation, out_dtype=dtype)
 
     def elsewhere(x, w, bias):
-      return reference.xla(x, unpack(w), bias, activation, dtype)
+      return _xla(x, w, bias, activation, dtype)
 
     @jax.custom_batching.custom_vmap
     def call(x, w, bias):

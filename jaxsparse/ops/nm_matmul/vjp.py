@@ -31,13 +31,16 @@ class Call:
 
   Attributes:
     forward: `(x, w, bias, activation, out_dtype) -> y`, an implementation.
-    dense: `(w, dtype) -> [K, O]`, the decompressed weight; differentiable in the floating-point leaves of w.
+    dense: `(w, dtype) -> [K, O]`, the decompressed weight.
+    spread: the same, differentiable in the floating-point leaves of w: only what is kept has a gradient, not what fills
+      the free slots of a packed layout.
     activation: name of the activation, or None.
     out_dtype: of the result.
   """
 
   forward: Any
   dense: Any
+  spread: Any
   activation: str | None
   out_dtype: Any
 
@@ -70,7 +73,7 @@ def _backward(call, residuals, dy):
 
   def dense(floats):
     floats = iter(floats)
-    return call.dense(treedef.unflatten([next(floats) if t else leaf for t, leaf in zip(trains, leaves)]), jnp.float32)
+    return call.spread(treedef.unflatten([next(floats) if t else leaf for t, leaf in zip(trains, leaves)]), jnp.float32)
 
   _, pull = jax.vjp(dense, [leaf for t, leaf in zip(trains, leaves) if t])
   (dfloats,) = pull(reference.dot(x.T, dz))
