@@ -213,7 +213,8 @@ def _check(x, w, bias, activation, out) -> None:
     raise ValueError(f"nm_matmul: x has shape {tuple(x.shape)}, w {w.shape}; the last axis of x must be {w.shape[0]}.")
   if jnp.dtype(x.dtype).name not in _DTYPES:
     raise TypeError(f"nm_matmul: x is {x.dtype}; allowed are {', '.join(_DTYPES)}.")
-  quantised = getattr(w, "scales", None) is not None
+  # Quantised: integers with scales, as leaves of their own or inside the packed data.
+  quantised = getattr(w, "scales", None) is not None or not jnp.issubdtype(w.dtype, jnp.floating)
   if not quantised and jnp.dtype(w.dtype) != jnp.dtype(x.dtype):
     raise TypeError(f"nm_matmul: x is {x.dtype}, w {w.dtype}; make them equal: x.astype(w.dtype) or w.astype(x.dtype).")
   if out.name not in _DTYPES:

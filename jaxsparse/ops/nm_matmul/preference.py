@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxsparse.ops import _dispatch
 
 # Rows of x up to which reading fewer bytes decides, so that the layout with the fewest wins.
@@ -49,5 +51,5 @@ def fits_tensor_cores(n: int, m: int) -> bool:
 
 
 def _prefers_tensor_cores(w: Any) -> bool:
-  """2:4 itself: both layouts have the same bytes then."""
-  return w.pattern == "2:4" and getattr(w, "scales", None) is None
+  """2:4 itself with 16-bit values: both layouts have the same bytes then."""
+  return w.pattern == "2:4" and jnp.issubdtype(w.dtype, jnp.floating) and getattr(w, "scales", None) is None
