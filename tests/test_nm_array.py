@@ -54,18 +54,16 @@ def test_round_trip(n, m, dtype):
   assert (np.diff(np.asarray(a.indices).astype(int), axis=1) > 0).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-  pattern=st.sampled_from(PATTERNS),
-  groups=st.integers(1, 3),
-  outputs=st.integers(1, 4),
-  stack=st.sampled_from([(), (2,)]),
+  pattern=st.sampled_from([(2, 4), (2, 8), (1, 16), (3, 5)]),
+  sizes=st.sampled_from([((), 1, 1), ((2,), 3, 4)]),  # few, for each compiles anew
   density=st.floats(0, 1),
   seed=st.integers(0, 99),
 )
-def test_any_mask_that_keeps_no_more(pattern, groups, outputs, stack, density, seed):
+def test_any_mask_that_keeps_no_more(pattern, sizes, density, seed):
   """Groups may keep fewer than n, or nothing; weights off the mask are dropped."""
-  n, m = pattern
+  (n, m), (stack, groups, outputs) = pattern, sizes
   rng = np.random.default_rng(seed)
   w = rng.normal(size=(*stack, groups * m, outputs)).astype(np.float32)
   mask = nm_reference.prune(w, n, m)[1] & (rng.uniform(size=w.shape) < density)

@@ -319,6 +319,57 @@ def test_target_of_an_abstract_device():
     assert _dispatch.current_target().capability is None
 
 
+# -- Packed for the sparse tensor cores -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (2, 8), (1, 8), (1, 16), (1, 2)])
+def test_packed_for_tensor_cores(n, m):
+  """The layout comes back bit for bit; products and gradients through it are those of the NMArray."""
+  x, w = case(48, 10, n, m, 3, jnp.bfloat16)
+  packed = js.ops.pack(w, "hopper")
+  back = js.ops.unpack(packed)
+  assert jax.tree.structure(back) == jax.tree.structure(w)
+  for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(w)):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  assert packed.shape == w.shape and packed.dtype == w.dtype and packed.pattern == w.pattern
+  want = js.ops.nm_matmul(x, w)
+  for implementation in (None, "reference"):
+    y = js.ops.nm_matmul(x, packed, implementation=implementation)
+    np.testing.assert_allclose(float64(y), float64(want), rtol=0.02, atol=0.02)
+
+  def grads(w):
+    trainable, fixed = js.arrays.partition(w)
+    loss = lambda t, x: (js.ops.nm_matmul(x, js.arrays.combine(t, fixed)).astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, argnums=(0, 1))(trainable, x)
+
+  (got, got_x), (plain, plain_x) = grads(packed), grads(w)
+  np.testing.assert_array_equal(np.asarray(got_x), np.asarray(plain_x))
+  if n * 2 == m:  # no free slots: the same numbers in another order
+    assert np.array_equal(
+      np.sort(float64(got.values)[float64(packed.values) != 0]), np.sort(float64(plain.values).ravel())
+    )
+  else:
+    assert (np.asarray(got.values) != 0).sum() <= w.values.size, "what fills free slots does not train"
+
+
+def test_kernel_is_lowered_for_an_abstract_h100():
+  """On a machine without a GPU, for one that is described: the kernel itself, and XLA for what it cannot hold."""
+  if jax.__version_info__ < (0, 11):
+    pytest.skip("GPU kernels need jax 0.11")
+  x, w = case(2048, 2048, 2, 4, 64, jnp.bfloat16)
+  packed = js.ops.pack(w, "hopper")
+  device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    choice = js.ops.which_nm_matmul(x, packed)
+    assert choice.implementation == "hopper" and "packed for 'hopper'" in choice.rejected["decode"]
+    lowered = jax.jit(js.ops.nm_matmul).trace(x, packed).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in lowered
+    named = js.ops.which_nm_matmul(x.astype(jnp.float32), w.astype(jnp.float32))
+    assert "float32" in named.rejected["hopper"] and named.implementation == "xla"
+    with pytest.raises(NotImplementedError, match="w is packed for 'hopper'; pack the NMArray with layout='decode'"):
+      js.ops.nm_matmul(x, packed, implementation="decode")
+
+
 # -- Bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +406,9 @@ def test_bad_packing():
   with pytest.raises(TypeError, match="unpack takes what pack made"):
     js.ops.unpack(w.to_dense())
   assert js.ops.unpack(w) is w
+  for bad, message in [(w, "bfloat16 or float16"), (case(16, 6, 4, 8, 3, jnp.bfloat16)[1], "4:8 can keep more than 2")]:
+    with pytest.raises(ValueError, match=message):
+      js.ops.pack(bad, "hopper")
 
 
 def test_preferred_layout():
