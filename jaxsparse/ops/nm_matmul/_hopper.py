@@ -211,7 +211,7 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
           rows = slice(block * _INSTRUCTION_ROWS, (block + 1) * _INSTRUCTION_ROWS)
           if bias_gmem:
             bias_rows = plgpu.load(
-              bias_gmem[0].at[pl.ds(row, _INSTRUCTION_ROWS)], (), layout=WGMMA.reduce(1), optimized=False
+              bias_gmem[0].at[pl.ds(row, _INSTRUCTION_ROWS)], layout=WGMMA.reduce(1), optimized=False
             )
           for chunk, (start, size) in enumerate(chunks):
             y = accumulator[rows, start : start + size]
