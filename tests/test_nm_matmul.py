@@ -1,7 +1,6 @@
 """nm_matmul: every implementation and gradient against float64, which one runs, and errors."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from references import nm as nm_reference
 
 import jaxsparse as js
 from jaxsparse.ops import _dispatch
+from jaxsparse.ops import _mosaic_gpu
 from jaxsparse.ops.nm_matmul import api
 from jaxsparse.ops.nm_matmul import arg_specs
 from jaxsparse.ops.nm_matmul import preference
@@ -254,8 +254,9 @@ def gpu(monkeypatch):
   fake = FakeKernels({})
   monkeypatch.setattr(_dispatch, "current_target", lambda: H100)
   monkeypatch.setattr(api, "_kernel", fake.kernel)
-  monkeypatch.setattr(api, "_layout_module", lambda name: types.SimpleNamespace(pack=lambda w: w))
-  monkeypatch.setattr(preference, "SMALL_WEIGHT", 0)
+  monkeypatch.setattr(api, "_pack_as", lambda name, w: w)
+  monkeypatch.setattr(_mosaic_gpu, "unavailable", lambda: None)
+  monkeypatch.setattr(preference, "dense_wins", lambda *args: False)
   api._run_kernel.cache_clear()
   api._run.clear_cache()
   yield fake
@@ -263,7 +264,7 @@ def gpu(monkeypatch):
   api._run.clear_cache()
 
 
-def test_choice_on_a_gpu(gpu):
+def test_choice_on_a_gpu(gpu, monkeypatch):
   pick = lambda batch, n, m, **kwargs: js.ops.which_nm_matmul(*case(16, 6, n, m, batch, jnp.bfloat16), **kwargs)
   assert pick(512, 2, 4).implementation == "hopper" and "packed in every call" in pick(512, 2, 4).reason
   assert pick(1, 1, 8).implementation == "decode" and pick(512, 1, 8).implementation == "hopper"
@@ -273,10 +274,17 @@ def test_choice_on_a_gpu(gpu):
     pick(512, 2, 4, implementation="hopper")
   gpu.reasons["decode"] = "too many rows."
   assert pick(512, 2, 4).implementation == "xla"
+  monkeypatch.setattr(
+    _dispatch, "current_target", lambda: dataclasses.replace(H100, kind="NVIDIA A100", capability=(8, 0))
+  )
+  assert (
+    pick(512, 2, 4).rejected["decode"]
+    == "it is written for Hopper (compute capability 9.0); this is NVIDIA A100 (gpu)."
+  )
 
 
 def test_dense_wins_and_says_so(gpu, monkeypatch):
-  monkeypatch.setattr(preference, "SMALL_WEIGHT", 1000)
+  monkeypatch.setattr(preference, "dense_wins", lambda *args: True)
   choice = js.ops.which_nm_matmul(*case(16, 6, 2, 4, 8, jnp.bfloat16))
   assert choice.implementation == "xla" and "dense dot is expected to win" in choice.reason
   assert choice.rejected["hopper"] == "'xla' is preferred here."
@@ -368,6 +376,27 @@ def test_kernel_is_lowered_for_an_abstract_h100():
     assert "float32" in named.rejected["hopper"] and named.implementation == "xla"
     with pytest.raises(NotImplementedError, match="w is packed for 'hopper'; pack the NMArray with layout='decode'"):
       js.ops.nm_matmul(x, packed, implementation="decode")
+
+
+# -- Packed for few rows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n,m,bits", [(2, 4, 16), (1, 4, 16), (4, 8, 16), (1, 16, 16), (2, 4, 8), (2, 4, 4)])
+def test_packed_for_decoding(n, m, bits):
+  """The layout comes back bit for bit; the dense path and the gradient of x work from it."""
+  x, w = case(128, 10, n, m, 3, jnp.bfloat16)
+  w = w if bits == 16 else js.quant.quantize(w, bits, 64, scale_dtype=jnp.bfloat16)
+  packed = js.ops.pack(w, "decode")
+  back = js.ops.unpack(packed)
+  assert jax.tree.structure(back) == jax.tree.structure(w)
+  for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(w)):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  np.testing.assert_array_equal(*(np.asarray(js.ops.nm_matmul(x, a)) for a in (packed, w)))
+  trainable, fixed = js.arrays.partition(packed)
+  assert not jax.tree.leaves(trainable), "what is packed for decoding does not train"
+  loss = lambda x, w: js.ops.nm_matmul(x, w).astype(jnp.float32).sum()
+  np.testing.assert_array_equal(*(np.asarray(jax.grad(loss)(x, a)) for a in (packed, w)))
 
 
 # -- Bad input ---------------------------------------------------------------------------------------------------------
