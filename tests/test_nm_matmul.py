@@ -1,6 +1,11 @@
 """nm_matmul: every implementation and gradient against float64, which one runs, and errors."""
 
 import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -448,3 +453,23 @@ def test_preferred_layout():
   for n, m, one, many in [(1, 4, "decode", "hopper"), (4, 8, "decode", "decode"), (2, 8, "decode", "hopper")]:
     w = case(16, 6, n, m, 3, jnp.bfloat16)[1]
     assert (preference.layout(w, 1), preference.layout(w, 512)) == (one, many)
+
+
+# -- The benchmark -----------------------------------------------------------------------------------------------------
+
+
+def test_benchmark_at_toy_size(tmp_path):
+  command = [sys.executable, "benchmarks/nm_matmul.py", "--quick", "--patterns=2:4", "--rounds=1", "--iterations=1"]
+  root = pathlib.Path(__file__).parents[1]
+  done = subprocess.run(
+    [*command, f"--out={tmp_path}/nm"],
+    cwd=root,
+    env=os.environ | {"PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / "nm.json").read_text())
+  assert len(found["rows"]) == 8 and not found["failed"] and not found["not_measured"]
+  assert all(row["implementation"] == "xla*" and row["error"] < 4e-3 and row["ratio"] > 0 for row in found["rows"])
+  assert found["cusparselt"] == "no GPU" and "cuSPARSELt: no GPU" in done.stdout and (tmp_path / "nm.png").exists()
