@@ -464,7 +464,7 @@ def test_benchmark_at_toy_size(tmp_path):
   done = subprocess.run(
     [*command, f"--out={tmp_path}/nm"],
     cwd=root,
-    env=os.environ | {"PYTHONPATH": str(root)},
+    env=os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
   )
