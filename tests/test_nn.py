@@ -80,6 +80,17 @@ def test_nnx_dtypes():
   np.testing.assert_allclose(model(X), want, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("layout", ["auto", "hopper", "decode"])
+def test_nnx_packed(layout):
+  """Packed layers compute in the dtype of the packed weight, whatever comes in."""
+  model, masks = pruned_net()
+  want = model(X)
+  jsnn.compress_linears(model, masks, dtype=jnp.bfloat16, layout=layout)
+  assert not isinstance(model.up.kernel[...], js.NMArray)
+  y = nnx.jit(lambda m, x: m(x))(model, X)
+  np.testing.assert_allclose(np.asarray(y, np.float32), want, rtol=0.05, atol=0.05)
+
+
 def test_nnx_errors():
   model, masks = pruned_net()
   with pytest.raises(ValueError, match="no nnx.Linear"):
