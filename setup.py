@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxsparse/__init__.py").re
 
 EXTRAS = {
   "nn": ["flax>=0.12"],
+  "safetensors": ["safetensors>=0.5"],
   "quickstart": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.66"],
   "lint": ["ruff>=0.12"],
   "experiments": [
@@ -22,7 +23,7 @@ EXTRAS = {
   ],
 }
 EXTRAS["colabs"] = [*EXTRAS["experiments"], "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
-EXTRAS["test"] = [*EXTRAS["colabs"], "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6"]
+EXTRAS["test"] = [*EXTRAS["colabs"], *EXTRAS["safetensors"], "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6"]
 
 setuptools.setup(
   name="jaxsparse",

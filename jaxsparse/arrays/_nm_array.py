@@ -139,6 +139,14 @@ class NMArray:
         kept entry is NaN. Under `jit` groups cannot be looked at: one that keeps too many loses its last entries.
       TypeError: w is not bfloat16, float16 or float32.
     """
+    if is_concrete(w) and (mask is None or is_concrete(mask)):
+      # Constants inside a traced function still have values: compute on them now, so that they can be looked at.
+      with jax.ensure_compile_time_eval():
+        return cls._from_dense(w, n, m, mask, name)
+    return cls._from_dense(w, n, m, mask, name)
+
+  @classmethod
+  def _from_dense(cls, w, n, m, mask, name) -> Self:
     w = jnp.asarray(w)
     if len(w.shape) < 2:
       raise ValueError(f"{name} has shape {w.shape}; an N:M array needs two dimensions [K, O] or more.")
@@ -149,17 +157,15 @@ class NMArray:
         f"{name} has shape {w.shape}; {n}:{m} needs its reduction axis (-2) divisible by {m}. "
         "Pad the weight, or leave it dense."
       )
-    if mask is None:
-      keep = w != 0
-    else:
-      keep = jnp.asarray(mask).astype(bool)
-      if keep.shape != w.shape:
-        raise ValueError(f"{name} has shape {w.shape}, its mask {keep.shape}; they must be equal.")
-    if is_concrete(keep):
-      check_groups(keep, n, m, name, "weight" if mask is None else "mask")
-    values, indices = _pack(w, keep, n, m)
-    if is_concrete(values):
-      _check_no_nan(values, name)
+    mask = None if mask is None else jnp.asarray(mask)
+    if mask is not None and mask.shape != w.shape:
+      raise ValueError(f"{name} has shape {w.shape}, its mask {mask.shape}; they must be equal.")
+    values, indices, overfull, nan = _pack(w, mask, n, m)
+    if is_concrete(overfull) and bool(overfull):
+      problem = group_problem(w != 0 if mask is None else mask.astype(bool), n, m, "weight" if mask is None else "mask")
+      raise ValueError(f"{name}: {problem}")
+    if is_concrete(nan) and bool(nan):
+      raise ValueError(_nan_message(name, "values", values))
     return cls.tree_unflatten((n, m), (values, indices, None))
 
   def to_dense(self, dtype: Any = None) -> jax.Array:
@@ -214,12 +220,7 @@ def check(w: NMArray) -> None:
   if jnp.dtype(indices.dtype) != jnp.uint8:
     raise TypeError(f"{name}: indices are {indices.dtype}; uint8 is needed.")
   _check_scales(w, name)
-  if is_concrete(indices):
-    _check_indices(indices, w.m, name)
-  if scales is None and is_concrete(values):
-    _check_no_nan(values, name)
-  if scales is not None and is_concrete(scales):
-    _check_no_nan(scales, name, "scales")
+  _check_entries(w, name)
 
 
 def _check_scales(w: NMArray, name: str) -> None:
@@ -249,48 +250,55 @@ def _check_float(dtype: Any, name: str) -> None:
     raise TypeError(f"{name} is {jnp.dtype(dtype).name}; allowed are {', '.join(_FLOATS)}.")
 
 
-def _check_indices(indices: Any, m: int, name: str) -> None:
+def _check_entries(w: NMArray, name: str) -> None:
+  """What only values can tell; leaves that are traced or specs are left out."""
+  floats = {"values" if w.scales is None else "scales": w.values if w.scales is None else w.scales}
+  floats = {what: leaf for what, leaf in floats.items() if is_concrete(leaf)}
+  indices = w.indices if is_concrete(w.indices) else None
   # Constants inside a traced function still have values: compute on them now, not in the trace.
   with jax.ensure_compile_time_eval():
-    indices = jnp.asarray(indices)
-    large = indices >= m
-    falling = indices[..., 1:, :] <= indices[..., :-1, :]
-    if not (bool(large.any()) or bool(falling.any())):
-      return
-    if bool(large.any()):
-      at = _first(large)
-      raise ValueError(f"{name}: indices{list(at)} is {int(indices[at])}; allowed are 0 to {m - 1}.")
-    *lead, j, o = _first(falling)
-    pair = int(indices[(*lead, j, o)]), int(indices[(*lead, j + 1, o)])
-    raise ValueError(
-      f"{name}: indices{[*lead, j, o]} is {pair[0]} and the next one {pair[1]}; positions must strictly increase "
-      "along axis -2. Sort them together with the values."
-    )
-
-
-def _check_no_nan(values: Any, name: str, what: str = "values") -> None:
-  with jax.ensure_compile_time_eval():
-    bad = jnp.isnan(jnp.asarray(values))
-    if bool(bad.any()):
+    large, falling, nan = (bool(flag) for flag in _broken(indices, floats, w.m))
+    if large:
+      at = _first(jnp.asarray(indices) >= w.m)
+      raise ValueError(f"{name}: indices{list(at)} is {int(indices[at])}; allowed are 0 to {w.m - 1}.")
+    if falling:
+      *lead, j, o = _first(_falling(jnp.asarray(indices)))
+      pair = int(indices[(*lead, j, o)]), int(indices[(*lead, j + 1, o)])
       raise ValueError(
-        f"{name}: {what}{list(_first(bad))} is NaN ({int(bad.sum())} in all); a compressed weight holds numbers only. "
-        "Look for the step that made it."
+        f"{name}: indices{[*lead, j, o]} is {pair[0]} and the next one {pair[1]}; positions must strictly increase "
+        "along axis -2. Sort them together with the values."
       )
+    if nan:
+      raise ValueError(_nan_message(name, *next(iter(floats.items()))))
 
 
-def check_groups(keep: Any, n: int, m: int, name: str, what: str = "mask") -> None:
-  """ValueError, naming the first group, if a group of m along axis -2 keeps more than n."""
-  problem = group_problem(keep, n, m, what)
-  if problem is not None:
-    raise ValueError(f"{name}: {problem}")
+@jax.jit(static_argnums=2)
+def _broken(indices, floats, m):
+  """(a position is too large, positions do not increase, there is a NaN), in one pass."""
+  none = jnp.zeros((), bool)
+  large, falling = (none, none) if indices is None else ((indices > m - 1).any(), _falling(indices).any())
+  return large, falling, sum((jnp.isnan(leaf).any() for leaf in floats.values()), none)
+
+
+def _falling(indices):
+  return indices[..., 1:, :] <= indices[..., :-1, :]
+
+
+def _nan_message(name: str, what: str, values: Any) -> str:
+  bad = jnp.isnan(jnp.asarray(values))
+  return (
+    f"{name}: {what}{list(_first(bad))} is NaN ({int(bad.sum())} in all); a compressed weight holds numbers only. "
+    "Look for the step that made it."
+  )
 
 
 def group_problem(keep: Any, n: int, m: int, what: str = "mask") -> str | None:
   """Why a mask `[*S, K, O]` with K divisible by m is not n:m along axis -2, or None if it is."""
   with jax.ensure_compile_time_eval():
-    bad, count = _overfull(jnp.asarray(keep), n, m)
-    if not bool(bad.any()):
+    count = _group_counts(jnp.asarray(keep), m)
+    if int(count.max(initial=0)) <= n:
       return None
+    bad = count > n
     *lead, g, o = at = _first(bad)
     stack = "".join(f"layer {i}, " for i in lead)
     return (
@@ -299,11 +307,10 @@ def group_problem(keep: Any, n: int, m: int, what: str = "mask") -> str | None:
     )
 
 
-@jax.jit(static_argnums=(1, 2))
-def _overfull(keep, n, m):
+@jax.jit(static_argnums=1)
+def _group_counts(keep, m):
   *stack, k, outputs = keep.shape
-  count = keep.reshape(*stack, k // m, m, outputs).sum(-2, dtype=jnp.int32)
-  return count > n, count
+  return keep.reshape(*stack, k // m, m, outputs).sum(-2, dtype=jnp.int32)
 
 
 def _first(flags: Any) -> tuple[int, ...]:
@@ -315,31 +322,36 @@ def _bits(dtype: Any) -> int:
 
 
 @jax.jit(static_argnums=(2, 3))
-def _pack(w, keep, n, m):
-  """Values and positions of the kept entries, `[*S, K/m, n, O]`; short groups are filled with zeros from the left."""
+def _pack(w, mask, n, m):
+  """(values, positions) of the kept entries, `[*S, K/m, n, O]`, and whether a group is overfull or a kept entry NaN.
+
+  Short groups are filled with zeros from the left; overfull ones lose their last entries.
+  """
   *stack, k, outputs = w.shape
   split = lambda a: a.reshape(*stack, k // m, m, outputs)
+  keep = w != 0 if mask is None else mask.astype(bool)
   w, keep = split(jnp.where(keep, w, 0)), split(keep)
-  short = n - keep.sum(-2, dtype=jnp.int32)
+  count = keep.sum(-2, dtype=jnp.int32)
+  short = n - count
   at = jnp.zeros(short.shape, jnp.int32)
   slots = [(jnp.zeros(short.shape, w.dtype), jnp.zeros(short.shape, jnp.uint8)) for _ in range(n)]
   # Slot by slot and not by a sort: everything fuses to one pass over the weight.
   for p in range(m):
     kept = keep[..., p, :]
     take = kept | (short > 0)
-    short = short - (take & ~kept)
+    short = short - (take & ~kept).astype(jnp.int32)
     for j, (value, index) in enumerate(slots[: p + 1]):
       here = take & (at == j)
       slots[j] = jnp.where(here, w[..., p, :], value), jnp.where(here, jnp.uint8(p), index)
-    at = at + take
+    at = at + take.astype(jnp.int32)
   values, indices = zip(*slots)
-  return jnp.stack(values, -2), jnp.stack(indices, -2)
+  return jnp.stack(values, -2), jnp.stack(indices, -2), (count > n).any(), jnp.isnan(w).any()
 
 
 def _scatter(values, indices, m):
   """`[*S, K/m, n, O]` -> `[*S, K, O]`; elementwise, so that XLA fuses it with what comes before and after."""
   *stack, groups, n, outputs = values.shape
-  position = jax.lax.broadcasted_iota(jnp.uint8, (m, outputs), 0)
+  position = jax.lax.broadcasted_iota(jnp.uint8, (*(1,) * (len(stack) + 1), m, outputs), len(stack) + 1)
   dense = jnp.zeros((*stack, groups, m, outputs), values.dtype)
   for j in range(n):
     dense = jnp.where(indices[..., j, None, :] == position, values[..., j, None, :], dense)

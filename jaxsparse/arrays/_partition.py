@@ -10,7 +10,9 @@ def partition(tree: Any) -> tuple[Any, Any]:
   """Takes a tree apart into what an optimizer can train and what is fixed.
 
   Kept values, scales and dense weights are floating point and train. Positions, packed metadata and quantised values
-  are integers and do not: `jax.grad` refuses them, and an optimizer must not touch them.
+  are integers and do not: `jax.grad` refuses them, and an optimizer must not touch them. Of weights packed for the sparse
+  tensor cores only 2:4 and 1:2 train; in the others free slots lie among the values, where an update could fill them:
+  train the `NMArray`, and pack it then.
 
   Args:
     tree: parameters, with or without `NMArray` or packed nodes, such as `js.compress` returns.
@@ -24,10 +26,11 @@ def partition(tree: Any) -> tuple[Any, Any]:
   >>> trainable["step"] is None, fixed["w"] is None, combine(trainable, fixed)["w"].tolist()
   (True, True, [1.0, 1.0])
   """
-  trains = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+  has_free_slots = lambda node: hasattr(node, "unpack") and node.pattern not in ("2:4", "1:2")
+  trains = lambda leaf: not has_free_slots(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
   return (
-    jax.tree.map(lambda leaf: leaf if trains(leaf) else None, tree),
-    jax.tree.map(lambda leaf: None if trains(leaf) else leaf, tree),
+    jax.tree.map(lambda leaf: leaf if trains(leaf) else None, tree, is_leaf=has_free_slots),
+    jax.tree.map(lambda leaf: None if trains(leaf) else leaf, tree, is_leaf=has_free_slots),
   )
 
 

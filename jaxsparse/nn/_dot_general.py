@@ -56,23 +56,29 @@ def promote_dtype(args: tuple[Any, ...], *, dtype: Any = None, inexact: bool = T
   """`flax.nnx.nn.dtypes.promote_dtype` for (inputs, kernel, bias) with a sparse kernel.
 
   Args:
-    args: arrays, `NMArray`s, packed weights or None. Quantised weights do not take part: they go with any dtype.
-    dtype: of the computation; None takes the widest dtype of the arguments.
+    args: arrays, `NMArray`s, packed weights or None.
+    dtype: of the computation; None takes that of a packed weight, which cannot be cast, else the widest of the
+      arguments. Quantised weights go with any dtype and have no part in it.
     inexact: as in Flax: whether the dtype must be floating point.
 
   Returns:
-    The arguments in the dtype. Packed weights pass as they are.
+    The arguments in the dtype; packed and quantised weights pass as they are.
   """
-  quantised = lambda a: getattr(a, "scales", None) is not None
+  plain = [a for a in args if a is not None and not _is_fixed(a)]
+  packed = [a for a in args if _is_fixed(a) and jnp.issubdtype(jnp.dtype(a.dtype), jnp.floating) and not _has_scales(a)]
   if dtype is None:
     with jax.numpy_dtype_promotion("standard"):
-      dtype = jnp.result_type(*(a.dtype for a in args if a is not None and not quantised(a)))
+      dtype = jnp.result_type(*(a.dtype for a in packed or plain))
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):
       dtype = jnp.promote_types(jnp.float32, dtype)
+  cast = lambda a: a.astype(dtype) if isinstance(a, NMArray) else jnp.asarray(a, dtype)
+  return tuple(a if a is None or _is_fixed(a) else cast(a) for a in args)
 
-  def cast(a):
-    if a is None or quantised(a) or not isinstance(a, (jax.Array, NMArray)):
-      return a if a is None or hasattr(a, "unpack") or quantised(a) else jnp.asarray(a, dtype)
-    return a.astype(dtype)
 
-  return tuple(cast(a) for a in args)
+def _has_scales(a: Any) -> bool:
+  return getattr(a, "scales", None) is not None
+
+
+def _is_fixed(a: Any) -> bool:
+  """Whether a is packed or quantised, and so has a dtype that cannot be changed."""
+  return isinstance(a, NMArray) and _has_scales(a) or type(a).__name__ in ("SparseTensorCoreLayout", "DecodeLayout")

@@ -68,7 +68,9 @@ def compress_linears(
   kernels = {f"{name}/kernel" if name else "kernel": layer for name, layer in layers.items()}
   for layer in kernels.values():
     if layer.dot_general is not jax.lax.dot_general:
-      raise ValueError(f"compress_linears: a Linear layer has a dot_general of its own, {layer.dot_general}; remove it.")
+      raise ValueError(
+        f"compress_linears: a Linear layer has a dot_general of its own, {layer.dot_general}; remove it."
+      )
   ours = [node if name in kernels else optax.MaskedNode() for name, node in zip(leaves.names, nodes)]
   tree, report = _compress.compress(
     state, leaves.treedef.unflatten(ours), structure=structure, dtype=dtype, on_mismatch=on_mismatch, return_report=True

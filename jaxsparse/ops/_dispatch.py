@@ -7,7 +7,14 @@ from typing import Any
 import jax
 
 # CUDA compute capability by the name of the card, for devices that are described and not there.
-_CAPABILITIES = (("H100", "9.0"), ("H200", "9.0"), ("GH200", "9.0"), ("A100", "8.0"), ("B200", "10.0"), ("GB200", "10.0"))
+_CAPABILITIES = (
+  ("H100", "9.0"),
+  ("H200", "9.0"),
+  ("GH200", "9.0"),
+  ("A100", "8.0"),
+  ("B200", "10.0"),
+  ("GB200", "10.0"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,16 +146,25 @@ def pack(w: _nm_array.NMArray, layout: str = "auto", *, batch: int | None = None
     layout = preference.layout(w, batch)
   if layout not in LAYOUTS:
     raise ValueError(f"layout={layout!r} is unknown; allowed are 'auto', {', '.join(map(repr, LAYOUTS))}.")
-  return _layout_module(layout).pack(w)
+  return _pack_as(layout, w)
 
 
 def unpack(w: Any) -> _nm_array.NMArray:
   """The `NMArray` of a packed weight, bit for bit; an `NMArray` passes."""
   if isinstance(w, _nm_array.NMArray):
     return w
-  if _packed_as(w) is None:
+  packed = _packed_as(w)
+  if packed is None:
     raise TypeError(f"unpack takes what pack made, got {type(w).__name__}.")
-  return w.unpack()
+  if packed == "hopper":
+    return w.unpack()
+  from jaxsparse.ops.nm_matmul import _decode_layout
+
+  return _nm_array.NMArray.tree_unflatten((w.n, w.m), _decode_layout.unpack_decode(w))
+
+
+def _is_float(dtype: Any) -> bool:
+  return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
 
 
 def _packed_as(w: Any) -> str | None:
@@ -163,12 +172,14 @@ def _packed_as(w: Any) -> str | None:
   return {"SparseTensorCoreLayout": "hopper", "DecodeLayout": "decode"}.get(type(w).__name__)
 
 
-def _layout_module(layout: str) -> Any:
+def _pack_as(layout: str, w: _nm_array.NMArray) -> Any:
   if layout == "hopper":
-    from jaxsparse.ops.nm_matmul import _hopper_layout as module
-  else:
-    from jaxsparse.ops.nm_matmul import _decode_layout as module
-  return module
+    from jaxsparse.ops.nm_matmul import _hopper_layout
+
+    return _hopper_layout.pack(w)
+  from jaxsparse.ops.nm_matmul import _decode_layout
+
+  return _decode_layout.pack_decode(w.values, w.indices, w.n, w.m, w.scales, shape=w.shape)
 
 
 def _kernel(name: str) -> tuple[Any, Any]:
@@ -186,17 +197,21 @@ def _kernel_problem(name, *, x, w, bias, activation, out, target) -> str | None:
   """Why a kernel cannot run, as a sentence, or None."""
   if target.platform != "gpu":
     return f"it needs an NVIDIA GPU; this is {target}."
+  if target.capability != (9, 0):
+    return f"it is written for Hopper (compute capability 9.0); this is {target}."
   packed = _packed_as(w)
   if packed not in (None, name):
     return f"w is packed for {packed!r}; pack the NMArray with layout={name!r}."
   if x.shape[0] == 0 or 0 in w.shape:
     return "the product is empty."
   try:
-    spec = w if packed else jax.eval_shape(_layout_module(name).pack, w)
+    spec = w if packed else jax.eval_shape(functools.partial(_pack_as, name), w)
   except (ValueError, TypeError) as error:
     return f"it cannot hold this weight: {error}"
+  from jaxsparse.ops import _mosaic_gpu
+
   supports, _ = _kernel(name)
-  return supports(x, spec, bias=bias, activation=activation, out_dtype=out)
+  return _mosaic_gpu.unavailable() or supports(x, spec, bias=bias, activation=activation, out_dtype=out)
 
 
 def _check(x, w, bias, activation, out) -> None:
@@ -213,9 +228,12 @@ def _check(x, w, bias, activation, out) -> None:
     raise ValueError(f"nm_matmul: x has shape {tuple(x.shape)}, w {w.shape}; the last axis of x must be {w.shape[0]}.")
   if jnp.dtype(x.dtype).name not in _DTYPES:
     raise TypeError(f"nm_matmul: x is {x.dtype}; allowed are {', '.join(_DTYPES)}.")
-  quantised = getattr(w, "scales", None) is not None
+  # Quantised: integers with scales, as leaves of their own or inside the packed data.
+  quantised = getattr(w, "scales", None) is not None or not _is_float(w.dtype)
   if not quantised and jnp.dtype(w.dtype) != jnp.dtype(x.dtype):
-    raise TypeError(f"nm_matmul: x is {x.dtype}, w {w.dtype}; make them equal: x.astype(w.dtype) or w.astype(x.dtype).")
+    raise TypeError(
+      f"nm_matmul: x is {x.dtype}, w {w.dtype}; make them equal: x.astype(w.dtype), or cast the weight before packing."
+    )
   if out.name not in _DTYPES:
     raise TypeError(f"nm_matmul: preferred_element_type={out.name}; allowed are {', '.join(_DTYPES)}.")
   if bias is not None and tuple(bias.shape) != (w.shape[1],):
@@ -232,19 +250,33 @@ def _run(x, w, bias, implementation, strict, activation, dtype):
     forward = _run_kernel(implementation, strict)
   else:
     forward = _run_plain(implementation)
-  y = vjp.matmul(vjp.Call(forward, _dense, activation, dtype), x.reshape(-1, x.shape[-1]), w, bias)
+  y = vjp.matmul(vjp.Call(forward, _dense, _spread, activation, dtype), x.reshape(-1, x.shape[-1]), w, bias)
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
 def _dense(w, dtype):
+  if _packed_as(w) != "hopper":
+    return unpack(w).to_dense(dtype)
+  from jaxsparse.ops.nm_matmul import _hopper_layout
+
+  # Not by way of the NMArray, which takes a sort where slots are free.
+  return _hopper_layout.to_dense(w).astype(dtype)
+
+
+def _spread(w, dtype):
   return unpack(w).to_dense(dtype)
+
+
+def _xla(x, w, bias, activation, dtype):
+  return reference.xla(x, _dense(w, x.dtype), bias, activation, dtype)
 
 
 @functools.cache
 def _run_plain(name: str):
   """ "reference" or "xla", from any form of the weight."""
-  plain = reference.reference if name == "reference" else reference.xla
-  return lambda x, w, bias, activation, dtype: plain(x, unpack(w), bias, activation, dtype)
+  if name == "xla":
+    return _xla
+  return lambda x, w, bias, activation, dtype: reference.reference(x, unpack(w), bias, activation, dtype)
 
 
 @functools.cache
@@ -253,11 +285,11 @@ def _run_kernel(name: str, strict: bool):
 
   def run(x, w, bias, activation, dtype):
     def on_gpu(x, w, bias):
-      w = w if _packed_as(w) else _layout_module(name).pack(w)
+      w = w if _packed_as(w) else _pack_as(name, w)
       return _kernel(name)[1](x, w, bias=bias, activation=activation, out_dtype=dtype)
 
     def elsewhere(x, w, bias):
-      return reference.xla(x, unpack(w), bias, activation, dtype)
+      return _xla(x, w, bias, activation, dtype)
 
     @jax.custom_batching.custom_vmap
     def call(x, w, bias):

@@ -28,7 +28,7 @@ def reference(x, w: _nm_array.NMArray, bias, activation: str | None, out_dtype: 
   """
   groups, _, outputs = w.values.shape
   first = w.m * jnp.arange(groups)[:, None, None]
-  gathered = x.astype(jnp.float32)[:, first + w.indices]
+  gathered = x.astype(jnp.float32)[:, first + w.indices.astype(first.dtype)]
   values = w.values.astype(jnp.float32)
   if w.scales is not None:
     values = values * jnp.repeat(w.scales.astype(jnp.float32), w.scale_group // w.m, axis=0)[:, None, :]
@@ -36,13 +36,13 @@ def reference(x, w: _nm_array.NMArray, bias, activation: str | None, out_dtype: 
   return epilogue(y.reshape(-1, outputs), bias, activation, out_dtype)
 
 
-def xla(x, w: _nm_array.NMArray, bias, activation: str | None, out_dtype: Any) -> jax.Array:
-  """Decompresses to a dense weight of x's dtype, then one dense dot with float32 accumulation.
+def xla(x, dense: jax.Array, bias, activation: str | None, out_dtype: Any) -> jax.Array:
+  """One dense dot with float32 accumulation, by a weight `[K, O]` that was decompressed to x's dtype.
 
-  Arguments and result as in `reference`. The dense weight is written to memory and read again in every call, so where
-  the weights bound the time this is slower than keeping a dense weight. Quantised values are rounded to x's dtype.
+  The dense weight is written to memory and read again in every call, so where the weights bound the time this is slower
+  than keeping a dense weight. Quantised values are rounded to x's dtype.
   """
-  return epilogue(dot(x, w.to_dense(x.dtype)), bias, activation, out_dtype)
+  return epilogue(dot(x, dense), bias, activation, out_dtype)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -54,5 +54,5 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 def epilogue(y: jax.Array, bias: jax.Array | None, activation: str | None, out_dtype: Any) -> jax.Array:
   """Bias and activation in float32, then the one rounding."""
   if bias is not None:
-    y = y + bias.astype(jnp.float32)
+    y = y + bias.astype(jnp.float32)[None]
   return ACTIVATIONS[activation](y).astype(out_dtype)

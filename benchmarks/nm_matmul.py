@@ -1,0 +1,335 @@
+"""N:M matmul against the dense dot: every shape of `arg_specs`, every pattern, every number of rows, losing ones included.
+
+  python benchmarks/nm_matmul.py [--quick] [--budget=240] [--patterns=2:4,1:8] [--out=results/nm_matmul]
+
+One row for every implementation that runs ("xla" decompresses, then calls the dense dot), `*` at the one that `nm_matmul` takes by itself. Times are device time (CUPTI)
+on a GPU and wall clock elsewhere, medians over rounds that alternate with XLA's dense dot in the same process, on random
+data. Up to 64 rows of x, weights rotate through copies that together exceed four times the L2 cache (at most 32 copies).
+The error is against float64 on a sample of outputs. Rows come in order of interest, so that `--budget` (seconds) leaves
+out the least interesting ones; what was left out is counted. 2:4 is also timed through cuSPARSELt with its algorithm
+search where torch with CUDA can be imported. Without a GPU it runs at toy size, to check itself.
+"""
+
+import concurrent.futures
+import functools
+import importlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+import tqdm
+
+import jaxsparse as js
+from jaxsparse.ops.nm_matmul import arg_specs
+
+_QUICK = flags.DEFINE_bool("quick", False, "Four shapes, four numbers of rows, 2:4 and 1:8.")
+_BUDGET = flags.DEFINE_float("budget", None, "Seconds after which no new row is begun; default: none.")
+_PATTERNS = flags.DEFINE_list("patterns", None, "Patterns such as 2:4, or 2:4+int8 and 2:4+int4; default: all.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Alternating rounds; the median is reported.")
+_ITERATIONS = flags.DEFINE_integer("iterations", 5, "Calls in a round.")
+_TORCH = flags.DEFINE_bool("torch", True, "Time cuSPARSELt where torch is at hand.")
+_TOY = flags.DEFINE_bool("toy", None, "Toy shapes; default: where there is no GPU.")
+_OUT = flags.DEFINE_string("out", "results/nm_matmul", "Where the JSON and the plot go, without suffix.")
+
+_QUICK_SHAPES = ("llama3-8b/up", "llama3-8b/down", "square/4096", "square/8192")
+_QUICK_BATCHES = (1, 16, 512, 4096, 8192)
+_ROTATED = 64  # rows of x up to which the weight must come from memory
+_COPIES = 32
+_CHUNK = 16  # cases compiled together
+_COLUMNS = (
+  "shape", "K", "O", "pattern", "B", "implementation", "us", "dense us", "ratio", "TFLOP/s", "TB/s", "of copy",
+  "cuSPARSELt us", "error",
+)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def random_weight(k: int, o: int, n: int, m: int, key: jax.Array) -> js.NMArray:
+  """A random n:m weight `[K, O]` in bfloat16, every choice of positions equally likely."""
+  choices = jnp.asarray(list(itertools.combinations(range(m), n)), jnp.uint8)
+  keys = jax.random.split(key)
+  values = jax.random.normal(keys[0], (k // m, n, o), jnp.bfloat16)
+  positions = choices[jax.random.randint(keys[1], (k // m, o), 0, len(choices))]
+  return js.NMArray(values, positions.transpose(0, 2, 1), n=n, m=m)
+
+
+def weight(case) -> js.NMArray:
+  w = random_weight(case["K"], case["O"], *case["nm"], jax.random.key(case["K"] + case["O"]))
+  if case["bits"]:
+    w = js.quant.quantize(w, case["bits"], min(128, case["K"]))
+  return w
+
+
+def cases():
+  """Every (shape, pattern, B), most interesting first."""
+  toy = jax.default_backend() != "gpu" if _TOY.value is None else _TOY.value
+  patterns = [(n, m, bits) for bits, nms in ((0, arg_specs.PATTERNS), (8, [(2, 4)]), (4, [(2, 4)])) for n, m in nms]
+  out = []
+  for spec, (n, m, bits) in itertools.product(arg_specs.ARG_SPECS, patterns):
+    pattern = f"{n}:{m}" + (f"+int{bits}" if bits else "")
+    if _PATTERNS.value is not None and pattern not in _PATTERNS.value:
+      continue
+    quick = spec.name in _QUICK_SHAPES and pattern in ("2:4", "1:8")
+    shape = spec.toy() if toy else spec
+    for batch in shape.batches:
+      first = quick and (toy or batch in _QUICK_BATCHES)
+      if _QUICK.value and not first:
+        continue
+      rank = (not first, pattern != "2:4", batch not in _QUICK_BATCHES, patterns.index((n, m, bits)))
+      out.append(
+        (rank, dict(shape=spec.name, K=shape.k, O=shape.o, pattern=pattern, nm=(n, m), bits=bits, B=batch, first=first))
+      )
+  return [case for _, case in sorted(out, key=lambda item: item[0])]
+
+
+def copies_for(nbytes: int, batch: int) -> int:
+  if batch > _ROTATED or jax.default_backend() != "gpu":
+    return 1
+  l2 = getattr(jax.devices()[0], "l2_cache_size_bytes", None) or 50 * 2**20
+  return min(_COPIES, max(1, -(-4 * l2 // nbytes)))
+
+
+def compiled(fn, x, weights):
+  """One program that applies `fn` to every copy of the weight."""
+  return jax.jit(lambda x, weights: [fn(x, w) for w in weights]).lower(x, weights).compile()
+
+
+def prepare(case):
+  """Compiles what a case needs: {"case", "x", "programs": name -> (program, weights)}, or an "error"."""
+  try:
+    w = weight(case)
+    x = jax.random.normal(jax.random.key(case["B"]), (case["B"], case["K"]), jnp.bfloat16)
+    dense = w.to_dense(jnp.bfloat16)
+    programs = {}
+    programs["dense"] = spread(jnp.dot, x, dense, copies_for(dense.nbytes, case["B"]))
+    try:
+      best = js.ops.pack(w, batch=case["B"])
+    except ValueError:  # no layout holds it
+      best = w
+    taken = js.ops.which_nm_matmul(x, best).implementation
+    for name in ("hopper", "decode"):
+      try:
+        packed = js.ops.pack(w, name)
+        js.ops.which_nm_matmul(x, packed, implementation=name)
+      except (ValueError, NotImplementedError):
+        continue
+      fn = functools.partial(js.ops.nm_matmul, implementation=name)
+      programs[name] = spread(fn, x, packed, copies_for(packed.nbytes, case["B"]))
+    if taken == "xla" or case["first"]:
+      programs["xla"] = spread(functools.partial(js.ops.nm_matmul, implementation="xla"), x, best, 1)
+    # What is still being copied must not run into a measurement.
+    jax.block_until_ready((x, w, [weights for _, weights in programs.values()]))
+    return dict(case=case, x=x, w=w, programs=programs, taken=taken)
+  except Exception as error:  # noqa: BLE001  One bad shape must not lose the table.
+    return dict(case=case, error=f"{type(error).__name__}: {str(error)[-200:]}")
+
+
+def spread(fn, x, w, copies):
+  weights = [w] + [jax.tree.map(lambda a: jnp.array(a, copy=True), w) for _ in range(copies - 1)]
+  return compiled(fn, x, weights), weights
+
+
+def timer():
+  """(program, x, weights) -> list of microseconds a product, one for each iteration."""
+  if jax.default_backend() == "gpu":
+    profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+
+    def device_time(program, x, weights):
+      _, times = profiler.measure(program, iterations=_ITERATIONS.value)(x, weights)
+      return [1e3 * t / len(weights) for t in (times if isinstance(times, list) else [times])]
+
+    return device_time
+
+  def wall_time(program, x, weights):
+    jax.block_until_ready(program(x, weights))
+    times = []
+    for _ in range(_ITERATIONS.value):
+      start = time.perf_counter()
+      jax.block_until_ready(program(x, weights))
+      times.append(1e6 * (time.perf_counter() - start) / len(weights))
+    return times
+
+  return wall_time
+
+
+def sampled_error(y, x, w) -> float:
+  """Norm of the error relative to the norm of the result, in float64, on at most 16 x 64 outputs."""
+  rng = np.random.default_rng(0)
+  rows = np.sort(rng.choice(x.shape[0], min(16, x.shape[0]), replace=False))
+  cols = np.sort(rng.choice(w.shape[1], min(64, w.shape[1]), replace=False))
+  part = jax.tree.map(lambda a: a[..., cols], w)
+  want = np.asarray(x[rows], np.float64) @ np.asarray(part.to_dense(jnp.float32), np.float64)
+  got = np.asarray(y[rows][:, cols], np.float64)
+  return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def measure(prepared, time_of, torch, bandwidth):
+  """Rows of the table for one case."""
+  case, x, w, programs = (prepared[k] for k in ("case", "x", "w", "programs"))
+  times = {name: [] for name in programs}
+  for _ in range(_ROUNDS.value):
+    for name, (program, weights) in programs.items():
+      times[name] += time_of(program, x, weights)
+  dense_us = statistics.median(times["dense"])
+  cusparselt = torch_time(torch, x, w) if torch and case["pattern"] == "2:4" else None
+  rows = []
+  for name, (program, weights) in programs.items():
+    if name == "dense":
+      continue
+    us = statistics.median(times[name])
+    nbytes = weights[0].nbytes + x.nbytes + 2 * case["B"] * case["O"]
+    rows.append({
+      **{k: case[k] for k in ("shape", "K", "O", "pattern", "B")},
+      "implementation": name + ("*" if name == prepared["taken"] else ""),
+      "us": us,
+      "dense us": dense_us,
+      "ratio": dense_us / us,
+      "TFLOP/s": 2 * case["B"] * case["K"] * case["O"] / us / 1e6,
+      "TB/s": nbytes / us / 1e6,
+      "of copy": nbytes / us / 1e6 / bandwidth,
+      "copies": len(weights),
+      "error": sampled_error(program(x, weights)[0], x, w),
+      **({} if cusparselt is None else {"cuSPARSELt us": cusparselt}),
+    })  # fmt: skip
+  return rows
+
+
+def copy_bandwidth(time_of) -> float:
+  """TB/s, read and written, of a copy that is far larger than the cache."""
+  big = jnp.ones(2**28 if jax.default_backend() == "gpu" else 2**22, jnp.bfloat16)
+  program = compiled(lambda x, w: -w, big[:1], [big])
+  return 2 * big.nbytes / statistics.median(time_of(program, big[:1], [big])) / 1e6
+
+
+def import_torch():
+  """(torch, note): torch with CUDA and cuSPARSELt, or None and why not."""
+  if not _TORCH.value:
+    return None, "not asked for"
+  if jax.default_backend() != "gpu":
+    return None, "no GPU"
+  try:
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+      return None, f"torch {torch.__version__} sees no CUDA device"
+    version = torch.backends.cusparselt.version()
+  except Exception as error:  # noqa: BLE001  A broken installation is as good as none.
+    return None, f"{type(error).__name__}: {str(error)[:100]}"
+  if not version:
+    return None, f"torch {torch.__version__} has no cuSPARSELt"
+  return torch, f"torch {torch.__version__}, cuSPARSELt {version}"
+
+
+def torch_time(torch, x, w) -> float | None:
+  """Median microseconds of the product through cuSPARSELt with the algorithm that its search finds; None if it fails."""
+  try:
+    dense = torch.from_dlpack(w.to_dense(jnp.bfloat16).T.copy())
+    b = torch.from_dlpack(x).T
+    packed = [torch._cslt_compress(dense)]
+    packed += [packed[0].clone() for _ in range(copies_for(packed[0].nbytes, x.shape[0]) - 1)]
+    best = torch._cslt_sparse_mm_search(packed[0], b)
+    run = lambda: [torch._cslt_sparse_mm(p, b, alg_id=best) for p in packed]
+    for _ in range(2):
+      run()
+    times = []
+    for _ in range(_ROUNDS.value * _ITERATIONS.value):
+      start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+      start.record()
+      run()
+      stop.record()
+      stop.synchronize()
+      times.append(1e3 * start.elapsed_time(stop) / len(packed))
+    return statistics.median(times)
+  except Exception as error:  # noqa: BLE001  cuSPARSELt refuses some shapes.
+    tqdm.tqdm.write(f"cuSPARSELt, {w.shape}, B = {x.shape[0]}: {str(error)[:120]}", file=sys.stderr)
+    return None
+
+
+def plot(path, rows, title):
+  """Ratio to dense over B, one panel a pattern, one line a shape: the fastest implementation of each."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+  fig, axes = plt.subplots(
+    1, len(patterns), figsize=(3.6 * len(patterns) + 2, 4), squeeze=False, constrained_layout=True
+  )
+  shapes = list(dict.fromkeys(row["shape"] for row in rows))
+  for ax, pattern in zip(axes[0], patterns):
+    for i, shape in enumerate(shapes):
+      best = {}
+      for row in rows:
+        if (row["pattern"], row["shape"]) == (pattern, shape):
+          best[row["B"]] = max(best.get(row["B"], 0), row["ratio"])
+      ax.plot(*zip(*sorted(best.items())), marker=".", color=plt.cm.tab20(i % 20), label=shape) if best else None
+    ax.axhline(1, color="black", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    ax.set_title(pattern, fontsize=10)
+    ax.set_xlabel("rows of x")
+  axes[0][0].set_ylabel("dense time / sparse time")
+  fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+  fig.suptitle(title, fontsize=10)
+  fig.savefig(path, dpi=130)
+  plt.close(fig)
+
+
+def main(argv):
+  del argv
+  began = time.monotonic()
+  time_of = timer()
+  torch, torch_note = import_torch()
+  bandwidth = copy_bandwidth(time_of)
+  todo, rows, failed = cases(), [], []
+  done = 0
+  with (
+    concurrent.futures.ThreadPoolExecutor(min(_CHUNK, os.cpu_count() or 1)) as pool,
+    tqdm.tqdm(total=len(todo)) as bar,
+  ):
+    for at in range(0, len(todo), _CHUNK):
+      if _BUDGET.value is not None and time.monotonic() - began > _BUDGET.value:
+        break
+      # Compiling tunes the dense dot on the device, so nothing is timed meanwhile.
+      for prepared in list(pool.map(prepare, todo[at : at + _CHUNK])):
+        if "error" in prepared:
+          failed.append({k: prepared["case"][k] for k in ("shape", "pattern", "B")} | {"error": prepared["error"]})
+        elif _BUDGET.value is not None and time.monotonic() - began > 1.1 * _BUDGET.value:
+          continue
+        else:
+          try:
+            rows += measure(prepared, time_of, torch, bandwidth)
+          except Exception as error:  # noqa: BLE001
+            failed.append({k: prepared["case"][k] for k in ("shape", "pattern", "B")} | {"error": str(error)[-200:]})
+        done += 1
+        bar.update()
+  order = {spec.name: i for i, spec in enumerate(arg_specs.ARG_SPECS)}
+  rows.sort(key=lambda r: (r["pattern"] != "2:4", r["pattern"], order[r["shape"]], r["B"]))
+  if rows:
+    report.print_table(rows, _COLUMNS)
+  environment = report.environment()
+  print(f"{environment['device']}, jax {environment['jax']}; copy {bandwidth:.3g} TB/s; cuSPARSELt: {torch_note}")
+  print("* is what nm_matmul takes by itself; a ratio below 1 is slower than the dense dot.")
+  print(f"{done} of {len(todo)} cases, {len(failed)} failed, {time.monotonic() - began:.0f} s")
+  for case in failed:
+    print("failed:", json.dumps(case))
+  missing = [[c["shape"], c["pattern"], c["B"]] for c in todo[done:]]
+  report.write_json(
+    _OUT.value + ".json", rows, copy_tb_per_s=bandwidth, cusparselt=torch_note, failed=failed, not_measured=missing
+  )
+  if rows:
+    title = f"N:M matmul against XLA's dense bfloat16 dot ({environment['device']}, jax {environment['jax']})"
+    plot(_OUT.value + ".png", rows, title)
+
+
+if __name__ == "__main__":
+  app.run(main)
