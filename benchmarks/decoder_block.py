@@ -74,7 +74,7 @@ def group(name: str) -> str:
   """What a kernel does, by its name."""
   if "decode_attention" in name:
     return "attention"
-  if "nm_matmul" in name:
+  if "mosaic_gpu" in name:
     return "sparse product"
   return "dense product" if any(part in name for part in ("gemm", "nvjet", "cutlass", "cublas", "gemv")) else "others"
 
