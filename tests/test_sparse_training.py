@@ -116,6 +116,22 @@ def test_training_moves_masks_and_lowers_the_loss():
   assert (trained[0] != 0).all()  # straight-through: what is pruned keeps a value
 
 
+def test_layers_of_flax_take_it_as_their_product():
+  linen, nnx = pytest.importorskip("flax.linen"), pytest.importorskip("flax.nnx")
+  jsnn = pytest.importorskip("jaxsparse.nn")
+  x, w, _ = operands()
+  want = x @ jnp.where(_prune_pack.transposable_mask(w), w, 0)
+  layer = nnx.Linear(64, 96, use_bias=False, dot_general=jsnn.prune_dot_general, rngs=nnx.Rngs(0))
+  layer.kernel[...] = w
+  np.testing.assert_allclose(layer(x), want, rtol=1e-5, atol=1e-5)
+  module = linen.Dense(96, use_bias=False, dot_general=jsnn.prune_dot_general)
+  np.testing.assert_allclose(module.apply({"params": {"kernel": w}}, x), want, rtol=1e-5, atol=1e-5)
+  grads = jax.grad(lambda p: module.apply(p, x).sum())({"params": {"kernel": w}})
+  np.testing.assert_allclose(grads["params"]["kernel"], x.T @ jnp.ones_like(want), rtol=1e-5, atol=1e-5)
+  with pytest.raises(ValueError, match="Keep this layer dense"):
+    jsnn.prune_dot_general(x, w.T, (((1,), (1,)), ((), ())))
+
+
 def test_errors_name_what_is_wrong():
   x, w, _ = operands()
   with pytest.raises(ValueError, match="gradient must be one of .*'masked'"):
