@@ -203,3 +203,13 @@ def as_i32(register):
 def extract(register, index: int):
   """Entry `index` of a register that is a vector."""
   return llvm.extractelement(register, const32(index))
+
+
+def warp_index():
+  """Index of this thread's warp in its block, i32, known to be the same across the warp."""
+  return _utils.warp_idx()
+
+
+def pointer(ref):
+  """LLVM pointer to the first element of a ref, in its address space."""
+  return _utils.memref_ptr(ref)
