@@ -83,11 +83,6 @@ def shared_address(ref):
   return llvm.ptrtoint(ir.IntegerType.get_signless(32), _utils.memref_ptr(ref))
 
 
-def global_address(ref):
-  """Byte address of a global-memory ref, i64."""
-  return llvm.ptrtoint(ir.IntegerType.get_signless(64), _utils.memref_ptr(ref))
-
-
 def inline_ptx(instruction: str, operands, constraints: str, result=None):
   """One volatile PTX instruction; `result` is an MLIR type or None."""
   return llvm.inline_asm(
@@ -248,3 +243,13 @@ def load_global_f32x4(address, offset: int):
 def warpgroup_barrier():
   """All threads of the warpgroup have come here."""
   _utils.warpgroup_barrier()
+
+
+def warp_index():
+  """Index of this thread's warp in its block, i32, known to be the same across the warp."""
+  return _utils.warp_idx()
+
+
+def pointer(ref):
+  """LLVM pointer to the first element of a ref, in its address space."""
+  return _utils.memref_ptr(ref)
