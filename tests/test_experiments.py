@@ -18,18 +18,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import jaxsparse as js
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from experiments import checkpoints
 from experiments import datasets
 from experiments import fashion_mnist_table
 from experiments import metrics
 from experiments import models
 from experiments import train
+import jaxsparse as js
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
