@@ -265,7 +265,7 @@ def bisect(reach, lowest, highest, keep):
   bits = (highest - lowest).bit_length()
 
   def body(i, found):
-    trial = found | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+    trial = found | (jnp.uint32(1) << jnp.uint32(bits - 1 - i))
     enough = reach(lowest + trial.astype(jnp.int32)) >= keep
     return jnp.where((trial <= span) & enough, trial, found)
 

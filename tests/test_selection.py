@@ -330,3 +330,13 @@ def test_sharded():
   )
   done = subprocess.run([sys.executable, "-W", "error", "-c", SHARDED], env=env, capture_output=True, text=True)
   assert done.returncode == 0 and "sharded ok" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_without_jit(path):
+  """Loops then run in Python, with Python integers for indices; whoever debugs sees the same masks."""
+  scores = jnp.asarray(np.random.default_rng(0).normal(size=(5, 9)), jnp.float32)
+  want = topk(scores, 7, path=path), run("global_keep_counts", path, [scores, scores[0]], 11, unit_sizes=(1, 1))
+  with jax.disable_jit(), mock.patch.object(sel, "_SMALL_SIZE", {"bisection": 1 << 62, "search": 0}[path]):
+    np.testing.assert_array_equal(sel.topk_mask(scores, 7), want[0])
+    assert sel.global_keep_counts([scores, scores[0]], 11, (1, 1)) == want[1]
