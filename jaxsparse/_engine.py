@@ -224,13 +224,18 @@ def _drop_and_grow(leaf, mask, drop, grow, progress, fraction):
 
 
 def keep_at(plan: _plan.LeafPlan, progress: jax.Array) -> jax.Array:
-  """shape=(), int32: units kept per group at this progress; exactly `final_keep` at 1."""
+  """shape=(), int32: units kept per group at this progress; exactly `initial_keep` at 0 and `final_keep` at 1.
+
+  Between the ends the removed *counts* are interpolated, first + floor((last - first) progress), since the last count is
+  the distribution's and need not be a sparsity times a size. Under a uniform distribution this may keep one unit more
+  than units - floor(units s_t) does. Progress is float32: a product that would be whole may be rounded down.
+  """
   units = plan.leaf_shape.units
   return _interpolate(units - plan.initial_keep, units - plan.final_keep, units, progress)
 
 
 def _interpolate(first: int, last: int, size: int, progress) -> jax.Array:
-  # Counts between the ends carry float32 rounding (exact below 2**24); both ends are exact integers.
+  # Both ends are exact integers; between them float32 rounds: by a unit, or by some 1e-7 of the units where that is more.
   between = first + jnp.floor((last - first) * progress).astype(jnp.int32)
   return size - jnp.where(progress >= 1, last, jnp.where(progress <= 0, first, between)).astype(jnp.int32)
 
