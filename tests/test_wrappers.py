@@ -14,6 +14,7 @@ import pytest
 
 import jaxsparse as js
 from jaxsparse import _engine
+from jaxsparse import _hold
 from jaxsparse import _tree
 
 SWAPS = dict(every=2, start=1, stop=11)
@@ -252,6 +253,21 @@ def test_state_that_mixes_entries_is_clean():
     params = optax.apply_updates(params, updates)
   assert_masked(params, js.get_masks(state))
   assert_masked(optax.tree.get(state, "trace"), js.get_masks(state))
+
+
+def test_held_step_of_one_value_in_two_slots():
+  """An optimizer may return one traced value in two places of its state, whose old values differ."""
+
+  def update(grads, state, params=None):
+    moved = jax.tree.map(lambda g, m: g + 0.9 * m, grads, state["trace"])
+    return jax.tree.map(jnp.negative, moved), {"trace": moved, "last": moved, "steps": state["steps"] + 1}
+
+  inner = optax.with_extra_args_support(optax.GradientTransformation(lambda p: None, update))
+  state = {"trace": {"w": jnp.arange(3.0)}, "last": {"w": jnp.full(3, 7.0)}, "steps": jnp.int32(4)}
+  grads = {"w": jnp.ones(3)}
+  step = jax.jit(lambda hold: _hold.update_unless(hold, inner, grads, state, grads, {}))
+  assert_same(step(True), ({"w": jnp.zeros(3)}, state))
+  assert_same(step(False), update(grads, state))
 
 
 # -- several updaters ----------------------------------------------------------------------------------------------------
