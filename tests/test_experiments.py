@@ -109,6 +109,26 @@ def test_a_toy_run_leaves_metrics_a_checkpoint_and_a_report(tmp_path, name, spar
   assert events["train_loss", 24] == pytest.approx(rows[-1]["train_loss"])
 
 
+def test_synflow_gets_the_sum_of_outputs_on_ones(tmp_path, monkeypatch):
+  """By a configuration alone: the masks are those of the flow, not of the training loss."""
+  config = toy("digits_synflow", steps=1)
+  config.updater.iterations = 5
+  config.updater.sparsity = 0.95
+  made = []
+  original = js.set_masks
+  monkeypatch.setattr(js, "set_masks", lambda state, masks: made.append(masks) or original(state, masks))
+  train.train(config, tmp_path)
+  model = models.create(config.model, classes=10)
+  params = jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros((1, 8, 8, 1)))["params"]
+  _, want = js.synflow(sparsity=0.95, iterations=5).instant_sparsify(
+    params,
+    loss_fn=lambda p, ones: model.apply({"params": p}, ones).sum(),
+    batches=[jnp.ones((1, 8, 8, 1))],
+  )
+  jax.tree.map(np.testing.assert_array_equal, made[0], want)
+  assert all(mask.any() for mask in jax.tree.leaves(want))
+
+
 def test_the_cnn_gives_logits():
   model = models.create({"name": "cnn", "features": (8, 16)}, classes=10)
   logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((5, 28, 28, 1)))
