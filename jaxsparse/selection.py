@@ -4,9 +4,11 @@ Scores are ranked along given axes of their natural shape, so a sharded leaf sta
 order-preserving integer key (`_threshold.sortable_key`), and the threshold is found by counting (`_threshold.search`).
 """
 
+import functools
 import math
 import operator
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -245,9 +247,15 @@ def _topk(x, keep, axis, where):
     return jnp.broadcast_to(keep > 0, x.shape)
   if len(axes) == 1 and units <= _SMALL_UNITS:
     return _topk_pairs(_threshold.sortable_key(x, where), keep, axes[0])
-  index = _unit_index(x.shape, axes)
   if x.size <= _SMALL_SIZE:
-    return _topk_bisect(x, keep, axes, where, index, units)
+    return _topk_bisect(x, keep, axes, where, _unit_index(x.shape, axes), units)
+  return _topk_search(x, keep, where, axes, units)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _topk_search(x, keep, where, axes, units):
+  """Threshold by the search with many pivots. Under jit of its own: leaves of one shape are traced once."""
+  index, group = _unit_index(x.shape, axes), keep.shape
   rungs = _threshold.find_rungs(x, where, axes, units, keep)
   count = lambda pivots: _threshold.count_reaching(_threshold.sortable_key(x, where), pivots, axes)
   lowest = None if where is None else _threshold.key_range(x.dtype)[0] - 1
