@@ -483,6 +483,8 @@ for name, more in (("rigl", {}), ("sr_ste", {"structure": js.NM(2, 4)}), ("globa
   (got, state), (_, _, masks) = run((sharded, state), laws.make_batches(8))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), masks, plain_masks)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, plain)
+  for node in jax.tree.leaves(js.get_sparsity_state(state).masks):
+    assert not node.sharding.is_fully_replicated, f"{name}: masks are gathered"
   for k, m in js.get_masks(state).items():
     if updater.forward.storage == "hard":
       assert (np.asarray(got[k]["kernel"])[~np.asarray(m["kernel"])] == 0).all()
