@@ -348,11 +348,11 @@ def test_a_search_stores_no_copy_of_the_scores():
   mask = jax.ShapeDtypeStruct(x.shape, bool)
 
   def prune(x, mask):
-    return selection.topk_mask(selection.Elementwise(jnp.abs, (x,)), x.size // 10, where=mask)
+    return sel.topk_mask(sel.Elementwise(jnp.abs, (x,)), x.size // 10, where=mask)
 
   def swap(x, grad, mask):
-    drop, grow = (selection.Elementwise(jnp.abs, (v,)) for v in (x, grad))
-    return selection.drop_and_grow(mask, drop, grow, x.size // 10, x.size // 5)
+    drop, grow = (sel.Elementwise(jnp.abs, (v,)) for v in (x, grad))
+    return sel.drop_and_grow(mask, drop, grow, x.size // 10, x.size // 5)
 
   def temporary(fn, *args):
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
