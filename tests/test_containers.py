@@ -168,6 +168,18 @@ def test_nnx_set_masks():
   flipped = jax.tree.map(lambda m: ~m, first)
   changed = js.set_masks(optimizer.opt_state, flipped)
   jax.tree.map(np.testing.assert_array_equal, js.get_masks(changed), flipped)
+  assert jax.tree.structure(changed) == jax.tree.structure(optimizer.opt_state), "the optimizer's variables are gone"
+  optimizer.opt_state = changed
+  nnx.update(model, updater.sparse_params(nnx.state(model, nnx.Param), optimizer.opt_state))
+
+  @nnx.jit
+  def step(model, optimizer):
+    optimizer.update(model, nnx.grad(lambda model: model(jnp.ones((4, 16))).sum())(model))
+
+  step(model, optimizer)
+  jax.tree.map(np.testing.assert_array_equal, js.get_masks(optimizer.opt_state), flipped)
+  for kernel, mask in zip((model.hidden.kernel, model.out.kernel), jax.tree.leaves(flipped)):
+    assert (np.asarray(kernel[...])[~np.asarray(mask)] == 0).all()
 
 
 def test_loss_scaling_does_not_scale_the_decay():

@@ -411,6 +411,37 @@ def test_vmap_over_seeds(name):
   assert (np.asarray(masks["a"]["kernel"][0]) != masks["a"]["kernel"][1]).any()
 
 
+def test_vmap_over_seeds_draws_masks_of_their_own():
+  """The keys alone make the difference here: parameters are the same."""
+  updater = js.random_ste(sparsity=0.8)
+
+  def run(key):
+    tx = updater.wrap_optax(optax.sgd(0.1), key=key)
+    params = laws.make_params()
+    first = tx.init(params)
+    return js.get_masks(first), js.get_masks(tx.update(params, first, params)[1])
+
+  masks = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2))
+  assert all((m[0] != m[1]).any() and m[0].sum() == m[1].sum() for m in jax.tree.leaves(masks))
+
+
+@pytest.mark.parametrize("name", ["rigl", "magnitude", "sr_ste"])
+def test_vmap_over_members_that_are_not_in_step(name):
+  """Only some of them refresh: `due` differs in a batch, and each does what it does alone."""
+  updater = js.get_algorithm(name)(sparsity=0.8, every=2, start=1, stop=8)
+  tx = updater.wrap_optax(optax.sgd(0.05, momentum=0.9))
+  params = laws.make_params()
+  member = lambda c: tx.init(params)._replace(count=c)
+  counts = jnp.arange(4)
+  update = lambda state: tx.update(params, state, params)
+  together = jax.jit(jax.vmap(update))(jax.vmap(member)(counts))
+  alone = jax.jit(update)
+  for i in range(4):
+    updates, state = alone(member(counts[i]))
+    assert_same(jax.tree.map(lambda m: m[i], js.get_masks(together[1])), js.get_masks(state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), together[0], updates)
+
+
 PACKED = {n: e for n, e in laws.EXPECTED.items() if n != "no_prune"}
 
 
@@ -452,6 +483,8 @@ for name, more in (("rigl", {}), ("sr_ste", {"structure": js.NM(2, 4)}), ("globa
   (got, state), (_, _, masks) = run((sharded, state), laws.make_batches(8))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), masks, plain_masks)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, plain)
+  for node in jax.tree.leaves(js.get_sparsity_state(state).masks):
+    assert not node.sharding.is_fully_replicated, f"{name}: masks are gathered"
   for k, m in js.get_masks(state).items():
     if updater.forward.storage == "hard":
       assert (np.asarray(got[k]["kernel"])[~np.asarray(m["kernel"])] == 0).all()
