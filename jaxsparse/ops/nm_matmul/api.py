@@ -146,7 +146,7 @@ def pack(w: _nm_array.NMArray, layout: str = "auto", *, batch: int | None = None
     layout = preference.layout(w, batch)
   if layout not in LAYOUTS:
     raise ValueError(f"layout={layout!r} is unknown; allowed are 'auto', {', '.join(map(repr, LAYOUTS))}.")
-  return _pack_as(layout, w)
+  return _packed(layout, w)
 
 
 def unpack(w: Any) -> _nm_array.NMArray:
@@ -180,6 +180,9 @@ def _pack_as(layout: str, w: _nm_array.NMArray) -> Any:
   from jaxsparse.ops.nm_matmul import _decode_layout
 
   return _decode_layout.pack_decode(w.values, w.indices, w.n, w.m, w.scales, shape=w.shape)
+
+
+_packed = jax.jit(_pack_as, static_argnums=0)
 
 
 def _kernel(name: str) -> tuple[Any, Any]:
