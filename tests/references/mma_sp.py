@@ -19,8 +19,8 @@ class NumpyOps:
     words = self.data[offset : offset + 4 * count * (at.max() + 1)].view(np.uint32).reshape(-1, count)
     return [words[at, j] for j in range(count)]
 
-  def byte(self, offset):
-    return self.data[offset + LANES].astype(np.uint32)
+  def short(self, offset):
+    return self.data[offset : offset + 64].view(np.uint16).astype(np.uint32)
 
   def prmt(self, a, selector, b=None):
     b = np.zeros_like(a) if b is None else np.broadcast_to(np.uint32(b), a.shape)
@@ -47,8 +47,8 @@ def floats(words, dtype):
   return np.ascontiguousarray(np.asarray(words, np.uint32)[..., None]).view(dtype)
 
 
-def mma_sp(a, b, meta, selector, dtype):
-  """One warp's mma.sp::ordered_metadata m16n8k32, from PTX ISA 9.7.15.6.
+def mma_sp(a, b, meta, selector, dtype, ordered=True):
+  """One warp's mma.sp (::ordered_metadata if ordered) m16n8k32, from PTX ISA 9.7.15.6.
 
   Args:
    a: four uint32 [32], the lanes' registers of the sparse operand.
@@ -68,7 +68,8 @@ def mma_sp(a, b, meta, selector, dtype):
       word = int(meta[4 * g + 2 * selector + half])
       nibble = word >> (16 * (r % 2) + 4 * c) & 15
       first, second = nibble & 3, nibble >> 2
-      assert first < second, f"metadata nibble {nibble} is not ordered"
+      assert first != second, f"metadata nibble {nibble} names a position twice"
+      assert first < second or not ordered, f"metadata nibble {nibble} is not ordered"
       low, high = floats(a[r][lane], dtype).astype(np.float64)
       dense[row, 16 * half + 4 * c + first] += low
       dense[row, 16 * half + 4 * c + second] += high
@@ -109,7 +110,7 @@ def decode(x, layout, dtype):
                 words = program.scale_words(ops, chunk, size, 0, step * chunk.scales // 4)
                 scale = _row_scales(words, layout.scale_dtype, t)
               for n in range(0, x.shape[0], 8):
-                d = mma_sp(registers[t][s], x64[n : n + 8, 32 * s : 32 * s + 32].T, metas[t], s, dtype)
+                d = mma_sp(registers[t][s], x64[n : n + 8, 32 * s : 32 * s + 32].T, metas[t], s, dtype, layer.pairs)
                 out[n : n + 8, u * 64 + 16 * t : u * 64 + 16 * t + 16] += (d * scale).T
   return out[:batch, :outputs]
 

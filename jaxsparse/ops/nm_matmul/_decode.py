@@ -71,6 +71,11 @@ class Plan:
     return 8 * self.tiles_n * 68 * 4
 
   @property
+  def row_bytes(self):
+    # 16 more than a multiple of 128, so that rows start in different banks.
+    return 2 * self.phase * self.layout.step + 16
+
+  @property
   def x_offset(self):
     return _round_up(8 * self.tuning.stages * self.tuning.rows * self.tuning.depth, 128)
 
@@ -81,18 +86,23 @@ class Plan:
   @property
   def zero_offset(self):
     buffers = 2 if self.phases > 1 else 1
-    return self.x_offset + buffers * self.batch * (2 * self.phase * self.layout.step + 16)
+    return self.x_offset + buffers * self.batch * self.row_bytes
 
   @property
   def ring_offset(self):
     return _round_up(self.zero_offset + self.zero_bytes, 128)
 
   @property
-  def smem_bytes(self):
+  def inbox_offset(self):
     T = self.tuning
     warps = T.rows * T.depth
     ring = self.ring_offset + warps * T.stages * T.chunks * self.layout.chunk.nbytes
     return _round_up(max(ring, self.x_offset + warps * self.slab_bytes), 128)
+
+  @property
+  def smem_bytes(self):
+    # The inbox has room for the sums of a cluster's blocks; it overlays nothing, as blocks end at different times.
+    return self.inbox_offset + (self.tuning.rows * self.batch * 256 if self.tuning.split > 1 else 0)
 
 
 def _round_up(x, to):

@@ -139,8 +139,9 @@ class Emitter:
   def _vector(self, address, offset, count):
     return shared_load(address, offset, count)
 
-  def byte(self, offset):
-    return asm(f"{{ .reg .b16 t; ld.shared.u8 t, [$1 + {offset}]; cvt.u32.u16 $0, t; }}", "r", [self.base + self.lane])[0]
+  def short(self, offset):
+    ptx = f"{{ .reg .b16 t; ld.shared.u16 t, [$1 + {offset}]; cvt.u32.u16 $0, t; }}"
+    return asm(ptx, "r", [self.base + self.lane * 2])[0]
 
   def prmt(self, a, selector, b=None):
     b = Word(0) if b is None else Word(b)
@@ -158,15 +159,20 @@ def shared_load(address, offset, count, kind="r"):
   return asm(f"ld.shared{vector}.b32 {names}, [${count} + {offset}];", kind * count, [address])
 
 
-def mma_sp(kind, acc, a, b, meta, selector):
+def mma_sp(kind, acc, a, b, meta, selector, ordered):
   """acc + A @ B, four floats."""
+  variant = "sp::ordered_metadata" if ordered else "sp"
   return asm(
-    f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
+    f"mma.{variant}.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
     f"{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9, $10, $11}}, {{$12, $13, $14, $15}}, $16, {selector};",
     "ffff",
     [*a, *b, *acc, meta],
     effects=False,
   )
+
+
+def _fma(a, b, c):
+  return asm("fma.rn.f32 $0, $1, $2, $3;", "f", [a, b, c], effects=False)[0]
 
 
 def _loop(low, high, carry, body):
@@ -250,38 +256,12 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
     issue(Word(s), Word(s))
 
   # x: rows of `phase` chunks in the operand's order, a row of zeros for batch entries that are not there.
-  phase_k = plan.phase * lay.step
-  row_bytes, piece = 2 * phase_k + 16, 16 if lay.m == 4 else 8
+  row_bytes = plan.row_bytes
   x_smem, zeros = smem + plan.x_offset, smem + plan.zero_offset
-  per_row = phase_k * 2 // piece
-  pieces = plan.batch * per_row
 
   def load_x(phase):
-    start = (first + phase * plan.phase) * lay.step  # first k
     buffer = x_smem + (phase & 1) * (plan.batch * row_bytes) if plan.phases > 1 else x_smem
-
-    def body(i, _):
-      index = i * plan.threads + thread
-      row, at = index // per_row, index % per_row
-      k = start + at * (piece // 2)
-      to = at * piece
-      if piece == 8:
-        # Group 4 c + 2 s + h of 64 goes to position 8 s + 4 h + c.
-        to = (at >> 4 << 7) + ((at & 2) << 5) + ((at & 1) << 5) + ((at >> 2 & 3) << 3)
-      inside = select(index.compare("lt", pieces), select(k.compare("lt", K), piece, 0), 0)
-      row, k = row.min(plan.batch - 1), k.min(K - piece // 2)
-      to = buffer + row * row_bytes + to
-
-      def copy():
-        asm(f"cp.async.ca.shared.global [$0], [$1], {piece}, $2;", "", [to, _offset64(x_base, row * K + k, 2), inside])
-
-      if pieces % plan.threads:
-        _when(index.compare("lt", pieces), copy)
-      else:
-        copy()
-      return []
-
-    _loop(Word(0), Word(-(-pieces // plan.threads)), [], body)
+    _load_x(plan, x_base, buffer, (first + phase * plan.phase) * lay.step, thread, block)
 
   load_x(Word(0))
   if plan.batch % 8:
@@ -327,11 +307,12 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
           steps = 2 * chunk.parts // max(1, chunk.scales)
           sums = [_float(0.0)] * 4 if chunk.scales else total
           for step in range(r * steps, r * steps + steps):
-            for registers, metas in operands[step // 2]:
-              sums = mma_sp(ops.kind, sums, registers[t][step % 2], fragments[step][n], metas[t], step % 2)
+            for layer, (registers, metas) in zip(chunk.layers, operands[step // 2], strict=True):
+              a, b = registers[t][step % 2], fragments[step][n]
+              sums = mma_sp(ops.kind, sums, a, b, metas[t], step % 2, layer.pairs)
           if chunk.scales:
             factor = scales[r][2 * t : 2 * t + 2]
-            total = [arith.addf(total[i], arith.mulf(sums[i], factor[i // 2])) for i in range(4)]
+            total = [_fma(sums[i], factor[i // 2], total[i]) for i in range(4)]
           else:
             total = sums
         acc[at : at + 4] = total
@@ -372,6 +353,54 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   _reduce(plan, acc, thread, warp, g, c, block, rank, smem + plan.x_offset, bias_ref, y_base)
 
 
+def _load_x(plan, x_base, buffer, start, thread, block):
+  """Asynchronous copies of a phase of x, from k = `start` on, to the shared-memory address `buffer`."""
+  K, threads = plan.layout.shape[0], plan.threads
+  piece = 16 if plan.layout.m == 4 else 8
+  per_row = plan.phase * plan.layout.step * 2 // piece
+  # A thread keeps its place in the row; if that does not come out even, some threads have none.
+  wide = per_row > threads
+  across = threads if wide else per_row
+  down = 1 if wide else threads // per_row
+  column, row0 = (thread, Word(0)) if wide else (thread % across, thread // across)
+
+  def copy(row, at, k):
+    to = at * piece
+    if piece == 8:
+      # Group 4 c + 2 s + h of 64 goes to position 8 s + 4 h + c.
+      to = (at >> 4 << 7) + ((at & 2) << 5) + ((at & 1) << 5) + ((at >> 2 & 3) << 3)
+    inside = select(k.compare("lt", K), piece, 0)
+    source = _offset64(x_base, row * K + k.min(K - piece // 2), 2)
+    asm(f"cp.async.ca.shared.global [$0], [$1], {piece}, $2;", "", [buffer + row * plan.row_bytes + to, source, inside])
+
+  def columns(j, _):
+    at = column + j * threads
+    k = start + at * (piece // 2)
+
+    def rows(i, _):
+      row = row0 + i * down
+      there = arith.andi(row.compare("lt", plan.batch), at.compare("lt", per_row))
+      # Blocks start at different rows, so that not all of them ask for the same lines at once.
+      turned = (row + block) % plan.batch if plan.batch & plan.batch - 1 else (row + block) & plan.batch - 1
+      if plan.batch % down or per_row % across or (not wide and threads % per_row):
+        _when(there, lambda: copy(turned, at, k))
+      else:
+        copy(turned, at, k)
+      return []
+
+    steps = -(-plan.batch // down)
+    if steps <= 16:
+      for i in range(steps):
+        rows(Word(i), None)
+      return []
+    return _loop(Word(0), Word(steps), [], rows)
+
+  if wide and per_row > threads:
+    _loop(Word(0), Word(-(-per_row // threads)), [], columns)
+  else:
+    columns(Word(0), None)
+
+
 def _scale_floats(ops, plan, row):
   """The eight scales of a lane, (mt, e) in order."""
   size = {"float32": 4}.get(plan.layout.scale_dtype, 2)
@@ -410,7 +439,7 @@ def _reduce(plan, acc, thread, warp, g, c, block, rank, slabs, bias_ref, y_base)
     for k in range(T.depth):
       part = shared_load(at, k * T.rows * slab, 4, "f")
       total = part if total is None else [arith.addf(p, q) for p, q in zip(total, part, strict=True)]
-    return at, total
+    return total
 
   def items(total_items, body):
     def step(i, _):
@@ -426,39 +455,35 @@ def _reduce(plan, acc, thread, warp, g, c, block, rank, slabs, bias_ref, y_base)
 
     def whole(index):
       b, o4 = index // quads, index % quads
-      _, sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
+      sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
       finish(o4, b, sums)
 
     items(plan.batch * quads, whole)
     return
 
-  if T.depth > 1:
-
-    def part(index):
-      b, o4 = index // quads, index % quads
-      at, sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
-      asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "", [at, *sums])
-
-    items(plan.batch * quads, part)
-  asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", [])
+  # Every block owns a share of the outputs and gets the others' sums pushed, so one barrier is enough.
   share = quads // T.split
+  inbox = slabs - plan.x_offset + plan.inbox_offset
+  per_rank = plan.batch * share * 16
 
-  def remote(index):
-    b, o4 = index // share, index % share + rank * share
-    at = slabs + (o4 // 16) * slab + b * stride + (o4 % 16) * 16
+  def push(index):
+    b, o4 = index // quads, index % quads
+    sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
+    to = inbox + rank * per_rank + (b * share + o4 % share) * 16
+    ptx = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.v4.f32 [a], {$2, $3, $4, $5}; }"
+    asm(ptx, "", [to, o4 // share, *sums])
+
+  items(plan.batch * quads, push)
+  asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", [])
+
+  def owned(index):
     sums = None
     for r in range(T.split):
-      part = asm(
-        f"{{ .reg .b32 a; mapa.shared::cluster.u32 a, $4, {r}; ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [a]; }}",
-        "ffff",
-        [at],
-      )
+      part = shared_load(inbox + index * 16, r * per_rank, 4, "f")
       sums = part if sums is None else [arith.addf(p, q) for p, q in zip(sums, part, strict=True)]
-    finish(o4, b, sums)
+    finish(index % share + rank * share, index // share, sums)
 
-  items(plan.batch * share, remote)
-  # Nobody leaves while another block may still read its sums.
-  asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", [])
+  items(plan.batch * share, owned)
 
 
 def _activate(x, kind):

@@ -13,11 +13,12 @@ that a block of 8 or 16 belongs to one lane. The kernel stores x in the same ord
 Sections of a chunk, per layer (v = bits of a value; "word" is 32 bits, every section is read by one load per lane):
   pairs, m = 4:    values [pieces, lane, <= 4 words], then metadata [lane, 4 words], word mt: four nibbles per row half,
                    as mma.sp wants them from lane c (step c // 2, half c % 2).
-  singles, m = 4:  values, then [lane, (metadata bits, slot bits)].
-  singles, m = 8:  values, then metadata bits [g, s], then [lane] words of slot bits and half bits.
-  singles, m = 16: values, then metadata bits [g], then bytes [3, lane]: step, half and slot bits.
-A single entry with index i in its group of four goes to slot `i >> 1` of the register, and its nibble is 8 (positions 0
-and 2) or 13 (1 and 3): always valid and ordered, so one metadata bit per entry is enough.
+  singles, m = 4:  values, then metadata bits [lane, 2 words].
+  singles, m = 8:  values, then metadata bits [g, s, 2 words], then [lane] half bits (16).
+  singles, m = 16: values, then metadata bits [g, 2 words], then [lane] step and half bits (16).
+A single entry stays in the half of the register in which it was loaded: row half e = 0 in the low one, e = 1 in the high
+one. The other half is zero and points at a neighbour (its index xor 1), which `mma.sp` allows: it wants two different
+positions, in any order. So two metadata bits per entry are enough.
 """
 
 import dataclasses
@@ -90,7 +91,7 @@ class Layer:
    values: byte offset of the values, from the start of the K-64 part.
    words: 32-bit words of values per lane.
    meta: byte offset of the metadata.
-   place: byte offset of the slot and register bits (unused with pairs).
+   place: byte offset of the bits that choose the register (m = 8 and 16).
   """
 
   pairs: bool
@@ -137,8 +138,8 @@ def chunk_of(n: int, m: int, bits: int, group: int, scale_dtype: str) -> Chunk:
   for first in range(0, n, 2 if pairs else 1):
     words = (32 if pairs else 64 // m) * bits // 16
     meta = offset + words * 128
-    place = meta + {(True, 4): 512, (False, 4): 0, (False, 8): 64, (False, 16): 32}[pairs, m]
-    end = place + {(True, 4): 0, (False, 4): 256, (False, 8): 128, (False, 16): 96}[pairs, m]
+    place = meta + {(True, 4): 512, (False, 4): 256, (False, 8): 128, (False, 16): 64}[pairs, m]
+    end = place + {(True, 4): 0, (False, 4): 0, (False, 8): 64, (False, 16): 64}[pairs, m]
     layers.append(Layer(pairs, first, offset, words, meta, place))
     offset = end
   parts = 2 if group else 1
@@ -320,14 +321,13 @@ def _pack_pairs(raw, index, bits):
   return jnp.concatenate([values, meta], axis=-1)
 
 
-# Bit of the placement word that tells about value j of a lane: four values share a shift, their bits being the sign
-# bits of the four bytes after it.
-_SLOT_BIT = {4: [8 * (j % 4) + 7 - j // 4 for j in range(32)], 8: [8 * (j % 4) + 7 - j // 4 for j in range(16)]}
-_HALF_BIT = [8 * (j % 4) + 3 - j // 4 for j in range(16)]
+# Fields (t, e, c) of the two words of metadata bits: word t // 2, nibble 4 e + c, low or high half of it.
+_META_BITS = [4 * (4 * e + c) + 2 * t for t in range(2) for e in range(2) for c in range(4)]
+# Bit of the 16 that tells about value j of a lane, j = (w, e): bit 7 - w of byte e, so that the bits of both entries of
+# a register word are sign bits of bytes after one shift. With m = 16 the half bits follow the step bits.
+_PLACE_BITS = {8: [8 * (j % 2) + 7 - j // 2 for j in range(16)], 16: [8 * (j % 2) + 7 - j // 2 for j in range(8)]}
 _LANE_ORDER = {4: "gctshe", 8: "gctse", 16: "gcte"}
 _META_ORDER = {4: "gshtec", 8: "gstec", 16: "gtec"}
-# Field (t, e, c) of a word of metadata bits: bit t of nibble 4 e + c.
-_META_BIT = [4 * (4 * e + c) + t for t in range(4) for e in range(2) for c in range(4)]
 
 
 def _pack_singles(raw, index, bits, m):
@@ -336,17 +336,16 @@ def _pack_singles(raw, index, bits, m):
   units, chunks = raw.shape[:2]
   values = _arrange(raw, m, _LANE_ORDER[m]).reshape(units, chunks, 32, -1)
   values = _pieces(_value_words(values, bits))
-  meta = _combine(_arrange(index & 1, m, _META_ORDER[m]).reshape(units, chunks, -1, 32), _META_BIT)
-  own = _arrange(index >> 1, m, _LANE_ORDER[m]).reshape(units, chunks, 32, -1)
+  meta = _combine(_arrange(index & 3, m, _META_ORDER[m]).reshape(units, chunks, -1, 16), _META_BITS)
   if m == 4:
-    both = jnp.stack([meta, _combine(own, _SLOT_BIT[4])], axis=-1)
-    return jnp.concatenate([values, both.reshape(units, chunks, 64)], axis=-1)
+    return jnp.concatenate([values, meta], axis=-1)
+  own = _arrange(index >> 2, m, _LANE_ORDER[m]).reshape(units, chunks, 32, -1)
   if m == 8:
-    place = _combine(own & 1, _SLOT_BIT[8]) | _combine(own >> 1, _HALF_BIT)
-    return jnp.concatenate([values, meta, place], axis=-1)
-  planes = jnp.stack([own >> 2, own >> 1 & 1, own & 1], axis=2)  # [U, C, 3, lane, 8]
-  planes = _combine(planes, range(8)).reshape(units, chunks, 24, 4)
-  return jnp.concatenate([values, meta, _combine(planes, (0, 8, 16, 24))], axis=-1)
+    place = _combine(own, _PLACE_BITS[8])
+  else:
+    place = _combine(own >> 1, _PLACE_BITS[16]) | _combine(own & 1, _PLACE_BITS[16]) >> 4
+  place = _combine(place.reshape(units, chunks, 16, 2), (0, 16))
+  return jnp.concatenate([values, meta, place], axis=-1)
 
 
 def _pack_scales(scales, chunks, chunk, group, o_pad):
@@ -425,19 +424,15 @@ def _unpack_singles(data, layer, bits, m):
   lead = data.shape[:2]
   words = _unpieces(_section(data, layer.values, layer.words * 128), layer.words)
   raw = _restore(_value_halves(words, bits).reshape(*lead, -1), m, _LANE_ORDER[m])
-  if m == 4:
-    both = _section(data, layer.place, 256).reshape(*lead, 32, 2)
-    meta, own = both[..., 0], _fields(both[..., 1], _SLOT_BIT[4], 1)
-  elif m == 8:
-    meta, place = _section(data, layer.meta, 64), _section(data, layer.place, 128)
-    own = _fields(place, _SLOT_BIT[8], 1) | _fields(place, _HALF_BIT, 1) << 1
-  else:
-    meta = _section(data, layer.meta, 32)
-    planes = _fields(_section(data, layer.place, 96), (0, 8, 16, 24), 255).reshape(*lead, 3, 32)
-    step, half, slot = (_fields(planes[:, :, j], range(8), 1) for j in range(3))
-    own = step << 2 | half << 1 | slot
-  low = _restore(_fields(meta, _META_BIT, 1).reshape(*lead, -1), m, _META_ORDER[m])
-  return [raw], [low | _restore(own.reshape(*lead, -1), m, _LANE_ORDER[m]) << 1]
+  meta = _section(data, layer.meta, layer.place - layer.meta)
+  index = _restore(_fields(meta, _META_BITS, 3).reshape(*lead, -1), m, _META_ORDER[m])
+  if m > 4:
+    place = _fields(_section(data, layer.place, 64), (0, 16), 0xFFFF).reshape(*lead, 32)
+    own = _fields(place, _PLACE_BITS[m], 1)
+    if m == 16:
+      own = own << 1 | _fields(place << 4, _PLACE_BITS[16], 1)
+    index |= _restore(own.reshape(*lead, -1), m, _LANE_ORDER[m]) << 2
+  return [raw], [index]
 
 
 def _unpack_scales(words, layout):

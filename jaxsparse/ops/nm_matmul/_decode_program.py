@@ -1,15 +1,15 @@
 """What a lane does with its bytes of a chunk: register words and metadata for `mma.sp`.
 
 Written once over an `ops` object, so that the kernel emits it and the tests run it on NumPy arrays of 32 lanes. A word is
-anything with & | ^ ~ << >> * + by Python ints, modulo 2**32. `ops` has
+anything with & | ^ << >> * + - by words or Python ints, modulo 2**32. `ops` has
   load(offset, index, count): `count` words at byte `offset` + 4 * `count` * index, index one of "lane", "g", "gs"
    (g = lane // 4, gs = 2 * g + lane % 4 // 2);
-  byte(offset): the byte at `offset` + lane;
+  short(offset): the 16 bits at `offset` + 2 * lane;
   prmt(a, selector, b=None): bytes picked from a (0-3) and b (4-7); 8 in a nibble spreads the byte's sign bit;
   sub2(a, b): the difference of two pairs of 16-bit floats.
 """
 
-_HIGH = 0xFFFF0000
+_LOW, _HIGH = 0x0000FFFF, 0xFFFF0000
 # Bits of 128 in bfloat16 and 1024 in float16: the value whose last mantissa bit counts 1. Integers or'ed into the
 # mantissa are offset by it.
 _MAGIC = {"bfloat16": 0x4300, "float16": 0x6400}
@@ -42,9 +42,10 @@ def _values(ops, layer, bits, dtype, base):
   return [w for word in words for w in _widen(ops, word, bits, dtype)]
 
 
-def _sign(ops, word, byte):
-  """All ones where the sign bit of a byte of `word` is set, else zero."""
-  return ops.prmt(word, 0x1111 * (8 + byte))
+def _part(word, mask):
+  """(word outside the mask, word inside it); a subtraction, as logic operations have only half the rate."""
+  inside = word & mask
+  return word - inside, inside
 
 
 def operand(ops, layer, m, bits, dtype, base):
@@ -65,40 +66,29 @@ def operand(ops, layer, m, bits, dtype, base):
   if layer.pairs:
     registers = [[values[8 * t + 4 * s : 8 * t + 4 * s + 4] for s in range(2)] for t in range(4)]
     return registers, ops.load(base + layer.meta, "lane", 4)
-  if m == 4:
-    meta, place = ops.load(base + layer.place, "lane", 2)
-  elif m == 8:
-    (meta,), (place,) = ops.load(base + layer.meta, "gs", 1), ops.load(base + layer.place, "lane", 1)
-  else:
-    (meta,) = ops.load(base + layer.meta, "g", 1)
-    planes = [ops.byte(base + layer.place + 32 * p) for p in range(3)]
-    place = planes[0] | planes[1] << 8 | planes[2] << 16
-  zero = place & 0
-  registers = [[[zero] * 4 for _ in range(2)] for _ in range(4)]
-  shifted = {}
-
-  def mask(shift, byte):
-    if shift not in shifted:
-      shifted[shift] = place << shift
-    return _sign(ops, shifted[shift], byte)
-
-  per_tile = 32 * 2 // m // 2
-  for j in range(4 * per_tile):
-    t, e = j // per_tile, j % 2
-    both = ops.prmt(values[j // 2], 0x3232 if e else 0x1010)
-    slot = mask(7 - j, 2) if m == 16 else mask(j // 4, j % 4)
-    value = both & ~(slot ^ _HIGH)  # the entry in the high half where slot, else in the low half
+  # Fields of two bits, doubled: a position and its neighbour, in the order of the halves (low rows low, high rows high).
+  words = ops.load(base + layer.meta, {4: "lane", 8: "gs", 16: "g"}[m], 2)
+  metas = [((words[t // 2] >> 2 * (t % 2)) & 0x33333333) * 5 ^ 0x11114444 for t in range(4)]
+  registers = [[[None] * 4 for _ in range(2)] for _ in range(4)]
+  place = ops.short(base + layer.place) if m > 4 else None
+  for w, word in enumerate(values):
+    high = word & _HIGH
+    rows = (word - high, high)
     if m == 4:
-      s, h = j % per_tile // 4, j // 2 % 2
-      registers[t][s][2 * h + e] = value
-    elif m == 8:
-      s, half = j // 2 % 2, mask(4 + j // 4, j % 4)
-      registers[t][s][e], registers[t][s][2 + e] = value & ~half, value & half
-    else:
-      step, half = mask(7 - j, 0), mask(7 - j, 1)
-      registers[t][0][e], registers[t][0][2 + e] = value & ~step & ~half, value & ~step & half
-      registers[t][1][e], registers[t][1][2 + e] = value & step & ~half, value & step & half
-  return registers, [((meta >> t if t else meta) & 0x11111111) * 5 + 0x88888888 for t in range(4)]
+      t, s, h = w // 4, w // 2 % 2, w % 2
+      registers[t][s][2 * h : 2 * h + 2] = rows
+      continue
+    first = ops.prmt(place << w, 0x9988)  # all ones in the halves whose entry has its (first) bit set
+    if m == 8:
+      t, s = divmod(w, 2)
+      registers[t][s] = [half[e] for half in zip(*(_part(r, first) for r in rows), strict=True) for e in (0, 1)]
+      continue
+    second = ops.prmt(place << 4 + w, 0x9988)
+    steps = [_part(r, first) for r in rows]
+    for step in range(2):
+      halves = [_part(steps[e][step], second) for e in (0, 1)]
+      registers[w][step] = [halves[e][h] for h in (0, 1) for e in (0, 1)]
+  return registers, metas
 
 
 def scale_words(ops, chunk, itemsize, base, row):
