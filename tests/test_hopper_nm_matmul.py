@@ -184,7 +184,8 @@ class TestMachineCode:
     "f32": ((512, 4096, 4096), None, dict(out_dtype=jnp.float32, activation="gelu")),
     "f16, ragged": ((100, 1000, 1001), Tuning(256, 200), dict(dtype=jnp.float16)),
     "three warpgroups": ((512, 4096, 6144), Tuning(192, 128, 64, 5, 3), {}),
-    "split": ((16, 28672, 4096), Tuning(128, 16, 128, 4, split_k=4), {}),
+    "parts added by XLA": ((4096, 8192, 4096), Tuning(128, 256, split_k=2), {}),
+    "parts meet": ((512, 14336, 4096), Tuning(128, 256, split_k=2), dict(bias=True, activation="gelu")),
   }
 
   @pytest.mark.parametrize("case", CASES)
@@ -210,6 +211,7 @@ class TestMachineCode:
     assert "wgmma.mma_async.sp.sync.aligned.m64n" in ptx and f"k32.f32.{kind}.{kind}" in ptx
     assert f"1, 1, 1, {int(not transposed)}, 0;" in ptx  # A is transposed unless its reduction is contiguous
     assert "for 'sm_90a'" in report and "C7510" not in report  # C7510: wgmma was serialised
+    assert ("red.release.gpu" in ptx) == (case == "parts meet")
     spilled = int(report.split(" bytes spill stores")[0].split()[-1])
     assert spilled < 128, report
 

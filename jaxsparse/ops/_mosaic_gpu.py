@@ -11,6 +11,7 @@ import functools
 import importlib
 
 import jax
+import numpy as np
 
 MINIMUM_JAX = (0, 11)
 WARPGROUP = 128  # threads that issue one wgmma together
@@ -52,7 +53,8 @@ def sm_count() -> int:
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
     return abstract.num_cores or 132
-  return getattr(jax.devices()[0], "core_count", None) or 132
+  device = jax.devices()[0]
+  return device.core_count if device.platform == "gpu" else 132
 
 
 # -- Words of the device code (only inside inline_mgpu) ---------------------------------------------------------------
@@ -203,3 +205,40 @@ def as_i32(register):
 def extract(register, index: int):
   """Entry `index` of a register that is a vector."""
   return llvm.extractelement(register, const32(index))
+
+
+def accumulator(values, shape):
+  """f32 values of this thread, in the order of a wgmma accumulator's registers, as an array `shape` of that layout."""
+  layout = _fragments.WGMMA_LAYOUT
+  pair = ir.VectorType.get((2,), ir.F32Type.get())
+  registers = []
+  for i in range(0, len(values), 2):
+    register = llvm.mlir_undef(pair)
+    for j in range(2):
+      register = llvm.insertelement(register, values[i + j], const32(j))
+    registers.append(register)
+  registers = np.array(registers, dtype=object).reshape(layout.registers_shape(shape))
+  return _fragments.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def global_address(ref):
+  """Byte address of a ref in device memory, i64."""
+  return llvm.ptrtoint(ir.IntegerType.get_signless(64), _utils.memref_ptr(ref))
+
+
+def store_global_f32x4(address, offset: int, values):
+  """Stores four f32 to device memory, 16 bytes."""
+  inline_ptx(f"st.global.v4.f32 [$0 + {offset}], {{$1, $2, $3, $4}};", [address, *values], "l,f,f,f,f")
+
+
+def load_global_f32x4(address, offset: int):
+  """Loads four f32 from device memory past the L1 cache, which may hold what was there before."""
+  f32 = ir.F32Type.get()
+  ptx = f"ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+  result = inline_ptx(ptx, [address], "=f,=f,=f,=f,l", llvm.StructType.get_literal([f32] * 4))
+  return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+
+
+def warpgroup_barrier():
+  """All threads of the warpgroup have come here."""
+  _utils.warpgroup_barrier()
