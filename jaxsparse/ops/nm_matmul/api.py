@@ -253,7 +253,8 @@ def _run(x, w, bias, implementation, strict, activation, dtype):
     forward = _run_kernel(implementation, strict)
   else:
     forward = _run_plain(implementation)
-  y = vjp.matmul(vjp.Call(forward, _dense, _spread, activation, dtype), x.reshape(-1, x.shape[-1]), w, bias)
+  call = vjp.Call(forward, _dense, _spread, activation, dtype)
+  y = vjp.matmul(call, *vjp.vary_together(x.reshape(-1, x.shape[-1]), w, bias))
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
