@@ -290,7 +290,8 @@ def _run_kernel(name: str, strict: bool):
   def run(x, w, bias, activation, dtype):
     def on_gpu(x, w, bias):
       w = w if _packed_as(w) else _pack_as(name, w)
-      return _kernel(name)[1](x, w, bias=bias, activation=activation, out_dtype=dtype)
+      y = _kernel(name)[1](x, w, bias=bias, activation=activation, out_dtype=dtype)
+      return vjp.vary_together(y, x)[0]  # Pallas does not know over which mesh axes a result varies.
 
     def elsewhere(x, w, bias):
       return _xla(x, w, bias, activation, dtype)
