@@ -24,7 +24,8 @@ _SWIZZLE_CODES = {128: 1, 64: 2, 32: 3}  # of a wgmma matrix descriptor, bits 62
 def unavailable() -> str | None:
   """Why Mosaic GPU kernels cannot be built with this JAX, as a sentence; None if they can."""
   if jax.__version_info__[:2] < MINIMUM_JAX:
-    return f"GPU kernels need jax >= {'.'.join(map(str, MINIMUM_JAX))} (and so Python >= 3.12), this is {jax.__version__}."
+    needed = ".".join(map(str, MINIMUM_JAX))
+    return f"GPU kernels need jax >= {needed} (and so Python >= 3.12), this is {jax.__version__}."
   try:
     importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     importlib.import_module("jax.experimental.mosaic.gpu.fragmented_array")

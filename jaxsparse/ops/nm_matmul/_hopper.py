@@ -1,18 +1,18 @@
 """y = act(x @ w + bias) on Hopper's sparse tensor cores, for weights packed as 2:4.
 
-The sparse operand of `wgmma.sp` is always its A, so a block computes tiles of y^T = w^T x^T: rows of the accumulator are
-outputs, columns are rows of x. The epilogue transposes on the way to shared memory (stmatrix .trans), so y leaves
+The sparse operand of `wgmma.sp` is always its A, so a block computes tiles of y^T = w^T x^T: rows of the accumulator
+are outputs, columns are rows of x. The epilogue transposes on the way to shared memory (stmatrix .trans), so y leaves
 row-major through the copy engine. One warpgroup loads, one to three multiply; blocks persist, and the loader runs into
 the next tile while the others finish this one. The copy engine fills what lies outside an array with zeros and drops
 what is stored outside, so B, O and K may be ragged.
 
-What bounds it. The sparse instruction multiplies at twice the dense rate and needs, for 64 outputs x n rows of x x 32 of
-the reduction, n / 2 clocks; reading x's 64 n bytes from shared memory takes as many. Reading the stored values, and the
-copy engine's writes of everything, come on top, so bytes through shared memory (128 a clock) decide and tiles are chosen
-for few of them (`tuning`). On an H100 the 256 x 200 tile needs 0.66 us for 64 of the reduction: its 161 KiB at 1.98 GHz.
-That is 1.3 PFLOP/s dense-equivalent, 1.6-1.65 times cuBLAS. More wgmma in flight would gain nothing; what is left at
-smaller shapes is the last, part-filled wave of tiles. With few rows of x the kernel streams w from device memory at
-2.6-3.0 TB/s.
+What bounds it. The sparse instruction multiplies at twice the dense rate: 64 outputs x n rows of x x 32 of the
+reduction take n / 2 clocks, and reading x's 64 n bytes from shared memory takes as many. Reading the stored values, and
+the copy engine's writes of everything, come on top, so bytes through shared memory (128 a clock) decide, and tiles are
+chosen for few of them (`tuning`). On an H100 the 256 x 200 tile needs 0.66 us for 64 of the reduction: its 161 KiB at
+1.98 GHz. That is 1.3 PFLOP/s dense-equivalent, 1.6-1.65 times cuBLAS. More wgmma in flight would gain nothing; what is
+left at smaller shapes is the last, part-filled wave of tiles. With few rows of x the kernel streams w from device memory
+at 2.6-3.0 TB/s. `measured/` has the figures.
 
 Both orders of w's values work; outputs-contiguous (wgmma reads A transposed) was 2-3 % faster at 8192^3 and 4096^3.
 Metadata in its natural order was within 1 % of words arranged for the threads: a transposed ldmatrix hands them out.
@@ -156,8 +156,10 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
   metadata_transforms = (plgpu.TilingTransform((ALIGNMENT // CHUNK, CHUNK)),)
   WGMMA = plgpu.Layout.WGMMA
 
-  def kernel(x_gmem, a_gmem, metadata_gmem, *rest, x_smem, a_smem, metadata_smem, out_smem, full, empty, dense_smem=None):
-    *bias_gmem, out_gmem = rest[:-1] if meet else rest
+  def kernel(
+    x_gmem, a_gmem, metadata_gmem, *more, x_smem, a_smem, metadata_smem, out_smem, full, empty, dense_smem=None
+  ):
+    *bias_gmem, out_gmem = more[:-1] if meet else more
     warpgroup = lax.axis_index("warpgroup")
 
     def position(info):
@@ -230,9 +232,7 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
         row = m + warpgroup * wg_rows + block * INSTRUCTION_ROWS
         rows = slice(block * INSTRUCTION_ROWS, (block + 1) * INSTRUCTION_ROWS)
         if bias_gmem:
-          bias_rows = plgpu.load(
-            bias_gmem[0].at[pl.ds(row, INSTRUCTION_ROWS)], layout=WGMMA.reduce(1), optimized=False
-          )
+          bias_rows = plgpu.load(bias_gmem[0].at[pl.ds(row, INSTRUCTION_ROWS)], layout=WGMMA.reduce(1), optimized=False)
         for chunk, (start, size) in enumerate(chunks):
           y = accumulator[rows, start : start + size]
           if bias_gmem:
@@ -263,7 +263,7 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
 
       All blocks run at once (`_parts_meet`), so that waiting ends. Parts are added in a fixed order.
       """
-      sums_gmem = rest[-1]
+      sums_gmem = more[-1]
       tile = info.index[0] - part
       arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((work * warpgroups,)))
       for p, (start, size) in enumerate(ranges):
@@ -284,7 +284,8 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
             if q == p:
               sums = accumulator[:, start : start + size]
             else:
-              sums = device.receive_sums((wg_rows, size))(sums_gmem.at[tile + q, warpgroup, p, pl.ds(0, wg_rows * size)])
+              mailbox = sums_gmem.at[tile + q, warpgroup, p, pl.ds(0, wg_rows * size)]
+              sums = device.receive_sums((wg_rows, size))(mailbox)
             total = sums if total is None else total + sums
           finish(total, start)
 
