@@ -16,6 +16,11 @@ from jaxsparse.ops.nm_matmul._decode_layout import DecodeLayout
 _MAX_BATCH = 64
 _SLICE = 32  # batch entries of one launch: more would not fit the registers
 _SMEM = 227 * 1024 - 1024
+_SMS = 132
+_STEP_BYTES = 2560  # a step of at most this, so that patterns with small chunks wait less often
+_RING_BYTES = 76 * 1024  # weights in flight in a block
+_PHASE_K = 1024  # K of x in shared memory at a time ...
+_WHOLE_X = 48 * 1024  # ... unless the whole of it has at most these bytes
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -81,12 +86,12 @@ class Plan:
 
   @property
   def zero_bytes(self):
-    return 2 * self.layout.step
+    return 2 * self.layout.step + 128  # a row's reads, from eight starts
 
   @property
   def zero_offset(self):
     buffers = 2 if self.phases > 1 else 1
-    return self.x_offset + buffers * self.batch * self.row_bytes
+    return _round_up(self.x_offset + buffers * self.batch * self.row_bytes, 128)
 
   @property
   def ring_offset(self):
@@ -200,29 +205,53 @@ def make_plan(batch, layout, dtype, bias=None, activation=None, out_dtype=None, 
 
 
 def default_tuning(batch, layout) -> Tuning:
-  """A tuning by counting thread blocks and bytes."""
+  """A tuning by counting thread blocks and bytes, for the 132 SMs of an H100.
+
+  One block per SM with 60 to 100 KB of weights in flight keeps the memory busy. Blocks split K only where outputs are too
+  few to go round (a cluster costs 1 to 2 us), or where x, which every block row reads, would be more bytes through the
+  L2 cache than the weights.
+  """
+  batch = min(batch, _SLICE)
   units, chunks = layout.data.shape[:2]
-  warps = 16 if batch <= 16 else 8
-  best = None
-  for rows in (1, 2, 4, 7, 8):
-    for split in (1, 2, 4):
-      if rows > warps or rows * 16 % split or split > chunks:
-        continue
-      depth = max(1, warps // rows)
-      if rows * depth % 4:
-        continue
-      blocks = -(-units // rows) * split
-      waves = -(-blocks // 132)
-      # Time of the slowest block in bytes, and the bytes of x that come through L2.
-      load = waves * rows * -(-chunks // split) * layout.chunk.nbytes * 132
-      x_bytes = blocks * -(-chunks // split) * layout.step * 2 * batch
-      cost = load + 0.5 * x_bytes + 2e5 * split
-      if best is None or cost < best[0]:
-        best = (cost, rows, depth, split)
-  _, rows, depth, split = best
-  stage = layout.chunk.nbytes
-  stages = max(2, min(8, 80 * 1024 // (rows * depth * stage)))
-  return Tuning(rows, depth, split, stages)
+  rows = next((r for r in (1, 2, 4) if -(-units // r) <= _SMS), 8)
+  split = 1
+  while 2 * split * -(-units // rows) <= _SMS and split < 8 and chunks >= 16 * split:
+    split *= 2
+  x_bytes = lambda rows: -(-units // rows) * chunks * layout.step * 2 * batch
+  while rows < 8 and split < 4 and 2 * rows <= units and x_bytes(rows) > 0.6 * layout.nbytes:
+    rows, split = 2 * rows, 2 * split
+  share = -(-chunks // split)
+  depth = {1: 8, 2: 4, 4: 2, 8: 1}[rows]
+  nbytes = layout.chunk.nbytes
+  size = next(c for c in (4, 2, 1) if c == 1 or c * nbytes <= _STEP_BYTES and not (chunks % c or share % c))
+  stages = max(2, min(8, _RING_BYTES // (rows * depth * size * nbytes)))
+  # Enough of x for several steps of every warp between two barriers, but little enough to start soon.
+  phase = _round_up(max(_PHASE_K // layout.step, 4 * depth * size), depth * size)
+  if share * layout.step * batch * 2 <= _WHOLE_X:
+    phase = 0
+  while True:
+    tuning = Tuning(rows, depth, split, stages, size, phase)
+    if _fits(batch, layout, tuning):
+      return tuning
+    if phase > depth * size:
+      phase = _round_up(phase // 2, depth * size)
+    elif stages > 2:
+      stages -= 1
+    elif size > 1 or phase == 0:
+      size, phase = 1, depth
+    elif rows * depth > 4:
+      depth //= 2
+      phase = depth
+    else:
+      raise ValueError(f"no tuning fits {batch} rows of x and the weight {layout.shape}, {layout.n}:{layout.m}")
+
+
+def _fits(batch, layout, tuning):
+  try:
+    make_plan(batch, layout, "bfloat16", tuning=tuning)
+  except ValueError:
+    return False
+  return True
 
 
 @functools.lru_cache(maxsize=256)

@@ -255,7 +255,7 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   for s in range(T.stages):
     issue(Word(s), Word(s))
 
-  # x: rows of `phase` chunks in the operand's order, a row of zeros for batch entries that are not there.
+  # x: rows of `phase` chunks in the operand's order, zeros for batch entries that are not there.
   row_bytes = plan.row_bytes
   x_smem, zeros = smem + plan.x_offset, smem + plan.zero_offset
 
@@ -273,7 +273,8 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   for n in range(tiles_n):
     row = (lane & 7) + 8 * n
     there = row.compare("lt", plan.batch)
-    bases.append(select(there, x_smem + row * row_bytes, zeros) + (lane >> 3) * 16)
+    # Rows that are not there read zeros, each from banks of its own: ldmatrix does not merge equal rows.
+    bases.append(select(there, x_smem + row * row_bytes, zeros + (lane & 7) * 16) + (lane >> 3) * 16)
     keeps.append(select(there, 0xFFFFFFFF, 0) if 8 * n + 8 > plan.batch else None)
 
   ops = Emitter(plan.dtype, lane)
