@@ -42,6 +42,7 @@ _ITERATIONS = flags.DEFINE_integer("iterations", 5, "Calls in a round.")
 _TORCH = flags.DEFINE_bool("torch", True, "Time cuSPARSELt where torch is at hand.")
 _TOY = flags.DEFINE_bool("toy", None, "Toy shapes; default: where there is no GPU.")
 _XLA = flags.DEFINE_bool("xla", False, "Also time decompression with a dense dot where a kernel is taken.")
+_SHOW = flags.DEFINE_string("show", None, "Runs nothing: prints the JSON of an earlier run as a Markdown table.")
 _OUT = flags.DEFINE_string("out", "results/nm_matmul", "Where the JSON and the plot go, without suffix.")
 
 _QUICK_SHAPES = ("llama3-8b/up", "llama3-8b/down", "square/4096", "square/8192")
@@ -304,8 +305,26 @@ def plot(path, rows, title):
   plt.close(fig)
 
 
+def show(path):
+  """The table of an earlier run, for the README."""
+  with open(path) as file:
+    found = json.load(file)
+  environment = found["environment"]
+  print(f"{environment['device']}, jax {environment['jax']}, copy {found['copy_tb_per_s']:.3g} TB/s:\n")
+  columns = {"shape": "shape", "K": "K", "O": "O", "pattern": "pattern", "B": "B", "implementation": "kernel"}
+  numbers = {"us": "us", "dense us": "dense, us", "ratio": "ratio", "TFLOP/s": "TFLOP/s", "TB/s": "TB/s"}
+  numbers |= {"of copy": "of copy", "cuSPARSELt us": "cuSPARSELt, us", "error": "error"}
+  print("| " + " | ".join([*columns.values(), *numbers.values()]) + " |")
+  print("|" + " --- |" * len(columns) + " ---: |" * len(numbers))
+  for row in found["rows"]:
+    cells = [str(row[k]) for k in columns] + [f"{row[k]:.3g}" if k in row else "" for k in numbers]
+    print("| " + " | ".join(cells) + " |")
+
+
 def main(argv):
   del argv
+  if _SHOW.value:
+    return show(_SHOW.value)
   began = time.monotonic()
   over = lambda: _BUDGET.value is not None and time.monotonic() - began > _BUDGET.value
   time_of = timer()
