@@ -49,6 +49,7 @@ _QUICK_SHAPES = ("llama3-8b/up", "llama3-8b/down", "square/4096", "square/8192")
 _QUICK_BATCHES = (1, 16, 512, 4096, 8192)
 _ROTATED = 64  # rows of x up to which the weight must come from memory
 _COPIES = 32
+_TOLERANCE = 8e-3  # two roundings to bfloat16 and some; sums of products in float32 add little
 _CHUNK = 8  # cases compiled together
 _COLUMNS = (
   "shape", "K", "O", "pattern", "B", "implementation", "us", "dense us", "ratio", "TFLOP/s", "TB/s", "of copy",
@@ -317,7 +318,7 @@ def show(path):
   print("| " + " | ".join([*columns.values(), *numbers.values()]) + " |")
   print("|" + " --- |" * len(columns) + " ---: |" * len(numbers))
   for row in found["rows"]:
-    cells = [str(row[k]) for k in columns] + [f"{row[k]:.3g}" if k in row else "" for k in numbers]
+    cells = [str(row[k]) for k in columns] + [f"{row[k]:.4g}" if k in row else "" for k in numbers]
     print("| " + " | ".join(cells) + " |")
 
 
@@ -384,6 +385,9 @@ def main(argv):
   if rows:
     title = f"N:M matmul against XLA's dense bfloat16 dot ({environment['device']}, jax {environment['jax']})"
     plot(_OUT.value + ".png", rows, title)
+  wrong = [row for row in rows if not row["error"] < _TOLERANCE]  # NaN is wrong, too
+  if wrong:
+    raise SystemExit(f"{len(wrong)} results are wrong, the first: {wrong[0]}")
 
 
 if __name__ == "__main__":
