@@ -11,8 +11,8 @@ reduction take n / 2 clocks, and reading x's 64 n bytes from shared memory takes
 the copy engine's writes of everything, come on top, so bytes through shared memory (128 a clock) decide, and tiles are
 chosen for few of them (`tuning`). On an H100 the 256 x 200 tile needs 0.66 us for 64 of the reduction: its 161 KiB at
 1.98 GHz. That is 1.3 PFLOP/s dense-equivalent, 1.6-1.65 times cuBLAS. More wgmma in flight would gain nothing; what is
-left at smaller shapes is the last, part-filled wave of tiles. With few rows of x the kernel streams w from device memory
-at 2.6-3.0 TB/s. `measured/` has the figures.
+left at smaller shapes is the last, part-filled wave of tiles. With few rows of x the kernel streams w from device
+memory at 2.6-3.0 TB/s. `measured/` has the figures.
 
 Both orders of w's values work; outputs-contiguous (wgmma reads A transposed) was 2-3 % faster at 8192^3 and 4096^3.
 Metadata in its natural order was within 1 % of words arranged for the threads: a transposed ldmatrix hands them out.
