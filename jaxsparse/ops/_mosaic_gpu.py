@@ -248,3 +248,13 @@ def load_global_f32x4(address, offset: int):
 def warpgroup_barrier():
   """All threads of the warpgroup have come here."""
   _utils.warpgroup_barrier()
+
+
+def warp_index():
+  """Index of this thread's warp in its block, i32, known to be the same across the warp."""
+  return _utils.warp_idx()
+
+
+def pointer(ref):
+  """LLVM pointer to the first element of a ref, in its address space."""
+  return _utils.memref_ptr(ref)

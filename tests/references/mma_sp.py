@@ -61,18 +61,17 @@ def mma_sp(a, b, meta, selector, dtype, ordered=True):
    float64 [16, 8].
   """
   dense = np.zeros((16, 32))
-  for lane in range(32):
-    g, c = lane // 4, lane % 4
-    for r in range(4):
-      row, half = g + 8 * (r % 2), r // 2
-      word = int(meta[4 * g + 2 * selector + half])
-      nibble = word >> (16 * (r % 2) + 4 * c) & 15
-      first, second = nibble & 3, nibble >> 2
-      assert first != second, f"metadata nibble {nibble} names a position twice"
-      assert first < second or not ordered, f"metadata nibble {nibble} is not ordered"
-      low, high = floats(a[r][lane], dtype).astype(np.float64)
-      dense[row, 16 * half + 4 * c + first] += low
-      dense[row, 16 * half + 4 * c + second] += high
+  for r in range(4):
+    low_row, half = r % 2 == 0, r // 2
+    word = meta[4 * G + 2 * selector + half] >> np.uint32(0 if low_row else 16)
+    nibble = (word >> (4 * C).astype(np.uint32)) & 15
+    first, second = (nibble & 3).astype(int), (nibble >> 2).astype(int)
+    assert (first != second).all(), "metadata names a position twice"
+    assert (first < second).all() or not ordered, "metadata is not ordered"
+    row, column = G + (0 if low_row else 8), 16 * half + 4 * C
+    pair = floats(a[r], dtype).astype(np.float64)
+    dense[row, column + first] += pair[:, 0]
+    dense[row, column + second] += pair[:, 1]
   return dense @ b
 
 

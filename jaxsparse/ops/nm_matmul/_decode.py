@@ -6,7 +6,6 @@ completed there to the 2:4 operand of `mma.sp` and meet x on the tensor cores, s
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +70,11 @@ class Plan:
   def threads(self):
     return 32 * self.tuning.rows * self.tuning.depth
 
+  slab_stride = 68  # floats between batch rows of the sums of 64 outputs: a warp's stores hit all banks once
+
   @property
   def slab_bytes(self):
-    return 8 * self.tiles_n * 68 * 4
+    return 8 * self.tiles_n * self.slab_stride * 4
 
   @property
   def row_bytes(self):
@@ -166,8 +167,10 @@ def nm_matmul_decode(x, layout, *, bias=None, activation=None, out_dtype=None, t
     raise ValueError(reason)
   batch, k = x.shape
   if batch > _SLICE:
-    parts = [nm_matmul_decode(x[i : i + _SLICE], layout, bias=bias, activation=activation, out_dtype=out_dtype,
-                              tuning=tuning) for i in range(0, batch, _SLICE)]
+    parts = [
+      nm_matmul_decode(x[i : i + _SLICE], layout, bias=bias, activation=activation, out_dtype=out_dtype, tuning=tuning)
+      for i in range(0, batch, _SLICE)
+    ]
     return jnp.concatenate(parts)
   if k % 8:
     # Rows of x must start at multiples of 16 bytes.
@@ -257,10 +260,11 @@ def _fits(batch, layout, tuning):
 @functools.lru_cache(maxsize=256)
 def _call(plan: Plan):
   """The compiled-on-use kernel of a plan: (x, data, bias?) -> y."""
-  from jax.experimental.pallas import mosaic_gpu as plgpu
+  # Only here, as both import Pallas.
+  from jaxsparse.ops import _mosaic_gpu as mg
+  from jaxsparse.ops.nm_matmul import _decode_device
 
-  from jaxsparse.ops.nm_matmul import _decode_emit
-
+  plgpu = mg.plgpu
   has_bias = bool(plan.bias_dtype)
 
   def nm_matmul_decode_kernel(*refs, smem):
@@ -268,7 +272,7 @@ def _call(plan: Plan):
     def everything(ctx, *refs):
       del ctx
       x, data, *bias, y, smem = refs
-      _decode_emit.emit(plan, x, data, bias[0] if has_bias else None, y, smem)
+      _decode_device.emit(plan, x, data, bias[0] if has_bias else None, y, smem)
 
     everything(*refs, smem)
 
@@ -281,6 +285,6 @@ def _call(plan: Plan):
     **(dict(cluster=(plan.tuning.split,), cluster_names=("split",)) if plan.tuning.split > 1 else {}),
     num_threads=plan.threads // 128,
     thread_name="warpgroup",
-    compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    compiler_params=mg.COMPILER_PARAMS,
     scratch_types=dict(smem=plgpu.SMEM((plan.smem_bytes // 4,), jnp.int32)),
   )

@@ -27,7 +27,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 ROWS = 64  # outputs of a chunk
 STEP = 64  # K of a chunk without scales
@@ -36,8 +35,11 @@ _VALUE_DTYPES = {"bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 _SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["n", "m", "shape", "dtype",
-                                                                                       "group", "scale_dtype"])
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["data"],
+  meta_fields=["n", "m", "shape", "dtype", "group", "scale_dtype"],
+)
 @dataclasses.dataclass(frozen=True)
 class DecodeLayout:
   """An N:M weight [K, O] packed for the decode kernel.
@@ -216,8 +218,9 @@ def _pack(values, indices, scales, n, m, group, scale_dtype):
   # Padding has increasing indices too, so that the padded weight is itself a valid one.
   fill = jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint8)[None, :, None], (k_pad, n, values.shape[2]))
   index = jnp.concatenate([indices.astype(jnp.uint8), fill])
-  index = jnp.concatenate([index, jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint8)[None, :, None],
-                                                   (index.shape[0], n, o_pad))], axis=2)
+  index = jnp.concatenate(
+    [index, jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint8)[None, :, None], (index.shape[0], n, o_pad))], axis=2
+  )
   raw = jnp.pad(raw, ((0, k_pad), (0, 0), (0, o_pad)))
   parts = []
   for layer in chunk.layers:
@@ -375,7 +378,7 @@ def unpack_decode(layout: DecodeLayout):
 
 @jax.jit
 def _unpack(layout):
-  n, m, bits, chunk = layout.n, layout.m, layout.bits, layout.chunk
+  m, bits, chunk = layout.m, layout.bits, layout.chunk
   data = jax.lax.bitcast_convert_type(layout.data, jnp.uint32)
   scales = None
   if layout.group:

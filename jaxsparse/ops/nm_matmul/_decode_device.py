@@ -7,115 +7,24 @@ copied to shared memory once per phase of K. Sums over warps go through shared m
 through distributed shared memory; the epilogue is applied to the float32 sum.
 """
 
-import importlib
 import math
 
-from jax.experimental import pallas as pl  # noqa: F401  (registers the Mosaic GPU dialects)
-from jax.experimental.mosaic import gpu as mgpu  # noqa: F401
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
-
+from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops._words import (
+  arith,
+  asm,
+  float32,
+  floats,
+  fma,
+  global_address,
+  loop,
+  offset64,
+  select,
+  shared_load,
+  when,
+  Word,
+)
 from jaxsparse.ops.nm_matmul import _decode_program as program
-
-mutils = importlib.import_module("jax.experimental.mosaic.gpu.utils")
-
-SLAB_STRIDE = 68  # floats between batch rows of a 64-output slab: conflict-free for the fragment's stores
-
-
-def _i32():
-  return ir.IntegerType.get_signless(32)
-
-
-def _f32():
-  return ir.F32Type.get()
-
-
-def _const(value):
-  return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value - (1 << 32) if value >= 1 << 31 else value))
-
-
-def _float(value):
-  return arith.constant(_f32(), ir.FloatAttr.get(_f32(), value))
-
-
-class Word:
-  """An i32 with operators."""
-
-  def __init__(self, value):
-    self.v = _const(value) if isinstance(value, int) else value
-
-  def _op(self, op, other):
-    return Word(op(self.v, Word(other).v if isinstance(other, int) else other.v))
-
-  def __and__(self, o):
-    return self._op(arith.andi, o)
-
-  def __or__(self, o):
-    return self._op(arith.ori, o)
-
-  def __xor__(self, o):
-    return self._op(arith.xori, o)
-
-  def __lshift__(self, o):
-    return self._op(arith.shli, o) if not (isinstance(o, int) and o == 0) else self
-
-  def __rshift__(self, o):
-    return self._op(arith.shrui, o) if not (isinstance(o, int) and o == 0) else self
-
-  def __add__(self, o):
-    return self._op(arith.addi, o)
-
-  def __sub__(self, o):
-    return self._op(arith.subi, o)
-
-  def __mul__(self, o):
-    return self._op(arith.muli, o)
-
-  def __floordiv__(self, o):
-    return self._op(arith.divui, o)
-
-  def __mod__(self, o):
-    return self._op(arith.remui, o)
-
-  def __invert__(self):
-    return self ^ 0xFFFFFFFF
-
-  def compare(self, kind, o):
-    """i1: signed comparison, kind one of lt, ge, eq, ne."""
-    predicate = getattr(arith.CmpIPredicate, {"lt": "slt", "ge": "sge"}.get(kind, kind))
-    return arith.cmpi(predicate, self.v, Word(o).v if isinstance(o, int) else o.v)
-
-  def min(self, o):
-    return self._op(arith.minsi, o)
-
-  def max(self, o):
-    return self._op(arith.maxsi, o)
-
-
-def select(condition, a, b):
-  """Word: a where the i1 holds, else b."""
-  return Word(arith.select(condition, Word(a).v if isinstance(a, int) else a.v, Word(b).v if isinstance(b, int) else b.v))
-
-
-def asm(ptx, outputs, inputs, *, effects=True, constraints=None):
-  """Inline PTX; outputs is a string of r, f, l, h, one per result. Clobbers memory if it has effects."""
-  types = {"r": _i32(), "f": _f32(), "l": ir.IntegerType.get_signless(64), "h": ir.IntegerType.get_signless(16)}
-  results = [types[o] for o in outputs]
-  inputs = [i.v if isinstance(i, Word) else i for i in inputs]
-  code = ["=" + o for o in outputs] + [mutils._ptx_constraint(i.type) for i in inputs]
-  if effects:
-    code.append("~{memory}")
-  result_type = llvm.StructType.get_literal(results) if len(results) != 1 else results[0]
-  if not results:
-    result_type = ir.Type.parse("!llvm.void")
-  out = llvm.inline_asm(result_type, inputs, ptx, ",".join(code), has_side_effects=effects)
-  if len(results) > 1:
-    out = [llvm.extractvalue(t, out, [i]) for i, t in enumerate(results)]
-  elif results:
-    out = [out]
-  else:
-    return None
-  return [Word(o) if k == "r" else o for o, k in zip(out, outputs, strict=True)]
 
 
 class Emitter:
@@ -152,13 +61,6 @@ class Emitter:
     return asm(f"sub.rn.{self.kind}x2 $0, $1, $2;", "r", [a, b], effects=False)[0]
 
 
-def shared_load(address, offset, count, kind="r"):
-  """`count` 32-bit words from shared memory."""
-  names = "{" + ", ".join(f"${i}" for i in range(count)) + "}" if count > 1 else "$0"
-  vector = f".v{count}" if count > 1 else ""
-  return asm(f"ld.shared{vector}.b32 {names}, [${count} + {offset}];", kind * count, [address])
-
-
 def mma_sp(kind, acc, a, b, meta, selector, ordered):
   """acc + A @ B, four floats."""
   variant = "sp::ordered_metadata" if ordered else "sp"
@@ -171,46 +73,16 @@ def mma_sp(kind, acc, a, b, meta, selector, ordered):
   )
 
 
-def _fma(a, b, c):
-  return asm("fma.rn.f32 $0, $1, $2, $3;", "f", [a, b, c], effects=False)[0]
-
-
-def _loop(low, high, carry, body):
-  """scf.for over Words with a list of MLIR values carried."""
-  loop = scf.ForOp(low.v, high.v, _const(1), carry)
-  with ir.InsertionPoint(loop.body):
-    scf.yield_(body(Word(loop.induction_variable), list(loop.inner_iter_args)))
-  return list(loop.results)
-
-
-def _when(condition, body):
-  branch = scf.IfOp(condition)
-  with ir.InsertionPoint(branch.then_block):
-    body()
-    scf.yield_([])
-
-
-def _address64(ref):
-  return llvm.ptrtoint(ir.IntegerType.get_signless(64), mutils.memref_ptr(ref))
-
-
-def _offset64(base, offset, scale=1):
-  i64 = ir.IntegerType.get_signless(64)
-  wide = arith.muli(arith.extui(i64, offset.v), arith.constant(i64, ir.IntegerAttr.get(i64, scale)))
-  return arith.addi(base, wide)
-
-
 def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   """Emits the whole kernel for a `_decode.Plan`."""
   lay, chunk, T = plan.layout, plan.layout.chunk, plan.tuning
   tiles_n = plan.tiles_n
-  K, O = lay.shape
-  thread = Word(mutils.thread_idx())
+  thread = Word(mg.thread_index())
   lane = thread & 31
-  warp = Word(mutils.warp_idx())
+  warp = Word(mg.warp_index())
   g, c = lane >> 2, lane & 3
-  smem = Word(llvm.ptrtoint(_i32(), mutils.memref_ptr(smem_ref)))
-  x_base, data_base, y_base = _address64(x_ref), _address64(data_ref), _address64(y_ref)
+  smem = Word(mg.shared_address(smem_ref))
+  x_base, data_base, y_base = global_address(x_ref), global_address(data_ref), global_address(y_ref)
   (block,) = asm("mov.u32 $0, %ctaid.x;", "r", [], effects=False)
   if T.split > 1:
     (rank,) = asm("mov.u32 $0, %cluster_ctarank;", "r", [], effects=False)
@@ -231,7 +103,7 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   stage_bytes = T.chunks * chunk.nbytes
   barriers = smem + warp * (8 * T.stages)
   ring = smem + plan.ring_offset + warp * (T.stages * stage_bytes)
-  source = _offset64(data_base, unit * plan.chunks + first + wk * T.chunks, chunk.nbytes)
+  source = offset64(data_base, unit * plan.chunks + first + wk * T.chunks, chunk.nbytes)
   asm(
     "{ .reg .pred p; setp.eq.u32 p, $1, 0;\n"
     + "\n".join(f"@p mbarrier.init.shared::cta.b64 [$0 + {8 * s}], 1;" for s in range(T.stages))
@@ -249,7 +121,7 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
       "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       f" [$0], [$1], {stage_bytes}, [$2], $3; }}",
       "",
-      [ring + stage * stage_bytes, _offset64(source, step, depth * stage_bytes), barriers + stage * 8, policy, go],
+      [ring + stage * stage_bytes, offset64(source, step, depth * stage_bytes), barriers + stage * 8, policy, go],
     )
 
   for s in range(T.stages):
@@ -266,7 +138,7 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   load_x(Word(0))
   if plan.batch % 8:
     clear = thread.compare("lt", plan.zero_bytes // 4)
-    _when(clear, lambda: asm("st.shared.u32 [$0], $1;", "", [zeros + thread * 4, Word(0)]))
+    when(clear, lambda: asm("st.shared.u32 [$0], $1;", "", [zeros + thread * 4, Word(0)]))
 
   # ldmatrix takes row lane % 8 of matrix lane // 8; matrices are 8 positions apart.
   bases, keeps = [], []
@@ -306,14 +178,14 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
         total = acc[at : at + 4]
         for r in range(max(1, chunk.scales)):
           steps = 2 * chunk.parts // max(1, chunk.scales)
-          sums = [_float(0.0)] * 4 if chunk.scales else total
+          sums = [float32(0.0)] * 4 if chunk.scales else total
           for step in range(r * steps, r * steps + steps):
             for layer, (registers, metas) in zip(chunk.layers, operands[step // 2], strict=True):
               a, b = registers[t][step % 2], fragments[step][n]
               sums = mma_sp(ops.kind, sums, a, b, metas[t], step % 2, layer.pairs)
           if chunk.scales:
             factor = scales[r][2 * t : 2 * t + 2]
-            total = [_fma(sums[i], factor[i // 2], total[i]) for i in range(4)]
+            total = [fma(sums[i], factor[i // 2], total[i]) for i in range(4)]
           else:
             total = sums
         acc[at : at + 4] = total
@@ -326,14 +198,14 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
       [barriers + stage * 8, parity],
     )
 
-  acc = [_float(0.0)] * (16 * tiles_n)
+  acc = [float32(0.0)] * (16 * tiles_n)
   quota = plan.phase // (depth * T.chunks)  # steps of a warp in a phase
 
   def one_phase(phase, acc):
     asm("cp.async.wait_all; bar.sync 0;", "", [])
     buffer = (phase & 1) * (plan.batch * row_bytes) if plan.phases > 1 else Word(0)
     if plan.phases > 1:
-      _when((phase + 1).compare("lt", plan.phases), lambda: load_x(phase + 1))
+      when((phase + 1).compare("lt", plan.phases), lambda: load_x(phase + 1))
 
     def step(i, acc):
       stage = i % T.stages
@@ -345,10 +217,10 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
       issue(i + T.stages, stage)
       return acc
 
-    return _loop(phase * quota, (phase * quota + quota).min(mine), acc, step)
+    return loop(phase * quota, (phase * quota + quota).min(mine), acc, step)
 
   if plan.phases > 1:
-    acc = _loop(Word(0), Word(plan.phases), acc, one_phase)
+    acc = loop(Word(0), Word(plan.phases), acc, one_phase)
   else:
     acc = one_phase(Word(0), acc)
   _reduce(plan, acc, thread, warp, g, c, block, rank, smem + plan.x_offset, bias_ref, y_base)
@@ -356,7 +228,7 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
 
 def _load_x(plan, x_base, buffer, start, thread, block):
   """Asynchronous copies of a phase of x, from k = `start` on, to the shared-memory address `buffer`."""
-  K, threads = plan.layout.shape[0], plan.threads
+  reduction, threads = plan.layout.shape[0], plan.threads
   piece = 16 if plan.layout.m == 4 else 8
   per_row = plan.phase * plan.layout.step * 2 // piece
   # A thread keeps its place in the row; if that does not come out even, some threads have none.
@@ -370,8 +242,8 @@ def _load_x(plan, x_base, buffer, start, thread, block):
     if piece == 8:
       # Group 4 c + 2 s + h of 64 goes to position 8 s + 4 h + c.
       to = (at >> 4 << 7) + ((at & 2) << 5) + ((at & 1) << 5) + ((at >> 2 & 3) << 3)
-    inside = select(k.compare("lt", K), piece, 0)
-    source = _offset64(x_base, row * K + k.min(K - piece // 2), 2)
+    inside = select(k.compare("lt", reduction), piece, 0)
+    source = offset64(x_base, row * reduction + k.min(reduction - piece // 2), 2)
     asm(f"cp.async.ca.shared.global [$0], [$1], {piece}, $2;", "", [buffer + row * plan.row_bytes + to, source, inside])
 
   def columns(j, _):
@@ -384,7 +256,7 @@ def _load_x(plan, x_base, buffer, start, thread, block):
       # Blocks start at different rows, so that not all of them ask for the same lines at once.
       turned = (row + block) % plan.batch if plan.batch & plan.batch - 1 else (row + block) & plan.batch - 1
       if plan.batch % down or per_row % across or (not wide and threads % per_row):
-        _when(there, lambda: copy(turned, at, k))
+        when(there, lambda: copy(turned, at, k))
       else:
         copy(turned, at, k)
       return []
@@ -394,10 +266,10 @@ def _load_x(plan, x_base, buffer, start, thread, block):
       for i in range(steps):
         rows(Word(i), None)
       return []
-    return _loop(Word(0), Word(steps), [], rows)
+    return loop(Word(0), Word(steps), [], rows)
 
   if wide and per_row > threads:
-    _loop(Word(0), Word(-(-per_row // threads)), [], columns)
+    loop(Word(0), Word(-(-per_row // threads)), [], columns)
   else:
     columns(Word(0), None)
 
@@ -406,24 +278,13 @@ def _scale_floats(ops, plan, row):
   """The eight scales of a lane, (mt, e) in order."""
   size = {"float32": 4}.get(plan.layout.scale_dtype, 2)
   words = program.scale_words(ops, plan.layout.chunk, size, 0, row)
-  return [f for w in words for f in _floats(w, plan.layout.scale_dtype)]
-
-
-def _floats(word, dtype):
-  """The floats in a word: one of float32, or two 16-bit ones."""
-  if dtype == "float32":
-    return [arith.bitcast(_f32(), word.v)]
-  if dtype == "bfloat16":
-    return [arith.bitcast(_f32(), (word << 16).v), arith.bitcast(_f32(), (word & 0xFFFF0000).v)]
-  return asm(
-    "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", "ff", [word], effects=False
-  )
+  return [f for w in words for f in floats(w, plan.layout.scale_dtype)]
 
 
 def _reduce(plan, acc, thread, warp, g, c, block, rank, slabs, bias_ref, y_base):
   """Sums the warps' and the cluster's parts, applies the epilogue and stores."""
   T, tiles_n = plan.tuning, plan.tiles_n
-  stride = SLAB_STRIDE * 4
+  stride = plan.slab_stride * 4
   slab = plan.slab_bytes
   asm("bar.sync 0;", "", [])  # everybody is done with x and the rings, which the slabs overlay
   mine = slabs + warp * slab + c * (2 * stride) + g * 4
@@ -445,10 +306,10 @@ def _reduce(plan, acc, thread, warp, g, c, block, rank, slabs, bias_ref, y_base)
   def items(total_items, body):
     def step(i, _):
       index = i * plan.threads + thread
-      _when(index.compare("lt", total_items), lambda: body(index))
+      when(index.compare("lt", total_items), lambda: body(index))
       return []
 
-    _loop(Word(0), Word(-(-total_items // plan.threads)), [], step)
+    loop(Word(0), Word(-(-total_items // plan.threads)), [], step)
 
   quads = T.rows * 16  # of four outputs
   finish = lambda o4, b, sums: _store(plan, block * (T.rows * 64) + o4 * 4, b, sums, bias_ref, y_base)
@@ -492,24 +353,24 @@ def _activate(x, kind):
   if kind is None:
     return x
   if kind == "relu":
-    return arith.maximumf(x, _float(0.0))
+    return arith.maximumf(x, float32(0.0))
   z = x
   if kind == "gelu":
     cube = arith.mulf(arith.mulf(x, x), x)
-    inner = arith.addf(x, arith.mulf(cube, _float(0.044715)))
-    z = arith.mulf(inner, _float(2.0 * math.sqrt(2.0 / math.pi)))
-  (power,) = asm("ex2.approx.ftz.f32 $0, $1;", "f", [arith.mulf(z, _float(-math.log2(math.e)))], effects=False)
-  (sigmoid,) = asm("rcp.approx.ftz.f32 $0, $1;", "f", [arith.addf(power, _float(1.0))], effects=False)
+    inner = arith.addf(x, arith.mulf(cube, float32(0.044715)))
+    z = arith.mulf(inner, float32(2.0 * math.sqrt(2.0 / math.pi)))
+  (power,) = asm("ex2.approx.ftz.f32 $0, $1;", "f", [arith.mulf(z, float32(-math.log2(math.e)))], effects=False)
+  (sigmoid,) = asm("rcp.approx.ftz.f32 $0, $1;", "f", [arith.addf(power, float32(1.0))], effects=False)
   return arith.mulf(x, sigmoid)
 
 
 def _store(plan, o, b, sums, bias_ref, y_base):
   """Bias, activation, cast and store of four outputs from `o` on."""
-  O = plan.layout.shape[1]
+  outputs = plan.layout.shape[1]
 
   def out(values, count, o):
     values = [_activate(v, plan.activation) for v in values]
-    at = _offset64(y_base, b * O + o, {"float32": 4}.get(plan.out_dtype, 2))
+    at = offset64(y_base, b * outputs + o, {"float32": 4}.get(plan.out_dtype, 2))
     if plan.out_dtype == "float32":
       names = "{$1, $2, $3, $4}" if count == 4 else "$1"
       asm(f"st.global{'.v4' if count == 4 else ''}.f32 [$0], {names};", "", [at, *values])
@@ -525,22 +386,26 @@ def _store(plan, o, b, sums, bias_ref, y_base):
     )
 
   def bias(o, count):
-    base = _address64(bias_ref)
+    base = global_address(bias_ref)
     size = {"float32": 4}.get(plan.bias_dtype, 2)
     found = []
     for i in range(count):
-      at = _offset64(base, o + i, size)
+      at = offset64(base, o + i, size)
       if size == 4:
         found += asm("ld.global.nc.f32 $0, [$1];", "f", [at])
       else:
-        found.append(_floats(asm("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; mov.b32 $0, {h, h}; }", "r", [at])[0], plan.bias_dtype)[0])
+        found.append(
+          floats(asm("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; mov.b32 $0, {h, h}; }", "r", [at])[0], plan.bias_dtype)[
+            0
+          ]
+        )
     return found
 
   def with_bias(values, o):
     return values if bias_ref is None else [arith.addf(v, w) for v, w in zip(values, bias(o, len(values)), strict=True)]
 
-  if O % 4 == 0:
-    _when(o.compare("lt", O), lambda: out(with_bias(sums, o), 4, o))
+  if outputs % 4 == 0:
+    when(o.compare("lt", outputs), lambda: out(with_bias(sums, o), 4, o))
   else:
     for i in range(4):
-      _when((o + i).compare("lt", O), lambda i=i: out(with_bias([sums[i]], o + i), 1, o + i))
+      when((o + i).compare("lt", outputs), lambda i=i: out(with_bias([sums[i]], o + i), 1, o + i))
