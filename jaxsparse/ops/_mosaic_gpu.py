@@ -83,11 +83,6 @@ def shared_address(ref):
   return llvm.ptrtoint(ir.IntegerType.get_signless(32), _utils.memref_ptr(ref))
 
 
-def global_address(ref):
-  """Byte address of a global-memory ref, i64."""
-  return llvm.ptrtoint(ir.IntegerType.get_signless(64), _utils.memref_ptr(ref))
-
-
 def inline_ptx(instruction: str, operands, constraints: str, result=None):
   """One volatile PTX instruction; `result` is an MLIR type or None."""
   return llvm.inline_asm(
