@@ -30,9 +30,7 @@ def order(batch: int, w: Any, packed: str | None, target: _dispatch.Target) -> S
   xla = ("xla", "decompresses, then a dense dot: no kernel runs this.")
   extra = "" if packed else " The weight is packed in every call: pack it once."
   if dense_wins(*w.shape):
-    return [
-      ("xla", f"a dense dot is expected to win for {batch} rows and a small weight, {w.shape[0]} x {w.shape[1]}.")
-    ]
+    return [("xla", f"a weight of {w.shape[0]} x {w.shape[1]} is small: kernels win from {SMALL_WEIGHT} entries on.")]
   hopper = ("hopper", f"the sparse tensor cores.{extra}")
   decode = ("decode", f"few rows of x: reads only packed bytes.{extra}")
   first = [decode, hopper] if batch <= DECODE_BATCH and not _prefers_tensor_cores(w) else [hopper, decode]
