@@ -28,6 +28,7 @@ STORAGE = {"arrays", "ops", "quant"}  # kernels and storage know nothing of trai
 OPTIONAL = {  # imported where they are used, with an error that says what is missing
   "arrays/_safetensors.py": {"safetensors"},
   "ops/_mosaic_gpu.py": {"jaxlib"},
+  "ops/_words.py": {"jaxlib"},
 }
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -324,7 +324,7 @@ def test_choice_on_a_gpu(gpu, monkeypatch):
 def test_dense_wins_and_says_so(gpu, monkeypatch):
   monkeypatch.setattr(preference, "dense_wins", lambda *args: True)
   choice = js.ops.which_nm_matmul(*case(16, 6, 2, 4, 8, jnp.bfloat16))
-  assert choice.implementation == "xla" and "dense dot is expected to win" in choice.reason
+  assert choice.implementation == "xla" and "is small: kernels win from" in choice.reason
   assert choice.rejected["hopper"] == "'xla' is preferred here."
 
 
@@ -466,6 +466,14 @@ def test_bad_packing():
 def test_preferred_layout():
   _, w = case(16, 6, 2, 4, 3, jnp.bfloat16)
   assert preference.layout(w, None) == "hopper"
+  leaf = lambda o, dtype: jax.ShapeDtypeStruct((4, 2, o), dtype)
+  shaped = lambda o: js.NMArray(leaf(o, jnp.bfloat16), leaf(o, jnp.uint8), n=2, m=4)
+  assert [preference.layout(shaped(o), 1) for o in (1024, 4096, 10240, 14336)] == [
+    "decode",
+    "hopper",
+    "decode",
+    "hopper",
+  ]
   assert preference.layout(js.quant.quantize(w, 8, 16), None) == "decode"
   assert preference.layout(w.astype(jnp.float32), None) == "decode"
   for n, m, one, many in [(1, 4, "decode", "hopper"), (4, 8, "decode", "decode"), (2, 8, "decode", "hopper")]:

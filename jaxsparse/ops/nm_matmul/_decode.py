@@ -204,7 +204,7 @@ def make_plan(batch, layout, dtype, bias=None, activation=None, out_dtype=None, 
       return plan
     if T.phase or phase <= stride:
       raise ValueError(f"{T} needs {plan.smem_bytes} bytes of shared memory of {_SMEM}")
-    phase = _round_up(-(-share // (plan.phases + 1)), stride)
+    phase = min(phase - stride, _round_up(-(-share // (plan.phases + 1)), stride))
 
 
 def default_tuning(batch, layout) -> Tuning:
