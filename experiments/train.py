@@ -79,14 +79,24 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     loss, correct = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / len(data.test_labels)
     return {"test_loss": loss, "test_accuracy": correct}
 
+  # What pruning before training may differentiate, and on what: ten batches, or (without data) one input of ones.
+  at_init = {
+    "loss": (
+      lambda params, batch: loss_fn(params, batch)[0],
+      (data.train_batch(config.seed, step, config.batch_size) for step in range(10)),
+    ),
+    "sum of outputs": (
+      lambda params, image: model.apply({"params": params}, image).sum(),
+      [np.ones_like(data.train_images[:1])],
+    ),
+  }
+
   # Under jit: run operation by operation, initialisation compiles a hundred small programs.
   params = jax.jit(model.init)(jax.random.key(config.seed), data.train_images[:1])["params"]
   opt_state = jax.jit(tx.init)(params)
   if updater.prunes_at_init:
-    batches = [data.train_batch(config.seed, step, config.batch_size) for step in range(10)]
-    params, masks = updater.instant_sparsify(
-      params, config.seed, loss_fn=lambda p, batch: loss_fn(p, batch)[0], batches=batches
-    )
+    objective, batches = at_init[updater.drop.objective]
+    params, masks = updater.instant_sparsify(params, config.seed, loss_fn=objective, batches=batches)
     opt_state = js.set_masks(opt_state, masks)
   if updater.forward.storage == "hard":  # Dense storage keeps the weights behind the mask: they may come back.
     params = jax.jit(updater.sparse_params)(params, opt_state)

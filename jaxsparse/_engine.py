@@ -18,6 +18,7 @@ from jaxsparse import _tree
 from jaxsparse import masks as masks_lib
 from jaxsparse import scorers
 from jaxsparse import selection
+from jaxsparse import structures
 
 
 class Leaf(NamedTuple):
@@ -141,14 +142,14 @@ def _refresh_if(updater, due, sparse, nodes, count):
   old = [nodes[leaf.index] for leaf in sparse]
 
   def refresh():
-    new = choose(
-      updater,
-      sparse,
-      [masks_lib.unpack(node) for node in old],
-      updater.schedule.progress(count),
-      updater.schedule.elapsed(count),
-    )
-    return [masks_lib.pack(m) if updater.pack_masks else m for m in new]
+    new: list[Any] = []
+    for leaves in [sparse] if updater.distribution.joint else [[leaf] for leaf in sparse]:
+      # One leaf after the other, so that what a refresh needs beside the masks is the scratch of one leaf.
+      current, new = jax.lax.optimization_barrier(([nodes[leaf.index] for leaf in leaves], new))
+      masks = [masks_lib.unpack(node) for node in current]
+      chosen = choose(updater, leaves, masks, updater.schedule.progress(count), updater.schedule.elapsed(count))
+      new += [masks_lib.pack(m) if updater.pack_masks else m for m in chosen]
+    return new
 
   new = jax.lax.cond(due, refresh, lambda: old)
   nodes = list(nodes)
@@ -164,12 +165,12 @@ def choose(updater, sparse, masks, progress, elapsed):
   only what is still kept (hard storage: a removed weight has no value to be judged by).
   """
   views = [leaf.plan.structure for leaf in sparse]
-  drop = [view.to_units(updater.drop.score(leaf.drop_state, leaf.inputs)) for view, leaf in zip(views, sparse)]
+  drop = [_unit_scores(updater.drop, leaf, leaf.drop_state, leaf.inputs) for leaf in sparse]
   kept = None if masks is None else [view.mask_to_units(mask) for view, mask in zip(views, masks)]
   if updater.grow is not None and masks is not None:
     grow = [
-      view.to_units(updater.grow.score(leaf.grow_state, leaf.inputs._replace(key=jax.random.fold_in(leaf.key, 1))))
-      for view, leaf in zip(views, sparse)
+      _unit_scores(updater.grow, leaf, leaf.grow_state, leaf.inputs._replace(key=jax.random.fold_in(leaf.key, 1)))
+      for leaf in sparse
     ]
     fraction = updater.drop_fraction.value(elapsed)
     units = [_drop_and_grow(leaf, *args, progress, fraction) for leaf, *args in zip(sparse, kept, drop, grow)]
@@ -177,6 +178,15 @@ def choose(updater, sparse, masks, progress, elapsed):
     among = kept if updater.forward.storage == "hard" else None
     units = _prune(updater, sparse, drop, among, progress)
   return [view.from_units(u, leaf.plan.shape) for view, u, leaf in zip(views, units, sparse)]
+
+
+def _unit_scores(scorer, leaf, state, inputs):
+  """Scores of a leaf's units. Where every entry is a unit of its own, elementwise scores stay a function of what they
+  are computed from, and the ranking stores no copy of the leaf."""
+  structure = leaf.plan.structure
+  if isinstance(scorer, scorers.AbstractElementwiseScorer) and isinstance(structure, structures.Unstructured):
+    return selection.Elementwise(*scorer.terms(state, inputs))
+  return structure.to_units(scorer.score(state, inputs))
 
 
 def select(updater, sparse, scores, masks, progress):
@@ -202,7 +212,7 @@ def _prune(updater, sparse, scores, among, progress):
     size = sum(shape.size for shape in shapes)
     first, last = (selection.keep_count(size, s) for s in (updater.initial_sparsity, updater.sparsity))
     total = _interpolate(size - first, size - last, size, progress)
-    ranked = [scores[i] if among[i] is None else jnp.where(among[i], scores[i], -jnp.inf) for i in joint]
+    ranked = [scores[i] if among[i] is None else selection.rank_last(scores[i], among[i]) for i in joint]
     for i, keep in zip(joint, updater.distribution.allocate(ranked, shapes, total)):
       keeps[i] = keep
   return [
@@ -224,13 +234,18 @@ def _drop_and_grow(leaf, mask, drop, grow, progress, fraction):
 
 
 def keep_at(plan: _plan.LeafPlan, progress: jax.Array) -> jax.Array:
-  """shape=(), int32: units kept per group at this progress; exactly `final_keep` at 1."""
+  """shape=(), int32: units kept per group at this progress; exactly `initial_keep` at 0 and `final_keep` at 1.
+
+  Between the ends the removed *counts* are interpolated, first + floor((last - first) progress), since the last count is
+  the distribution's and need not be a sparsity times a size. Under a uniform distribution this may keep one unit more
+  than units - floor(units s_t) does. Progress is float32: a product that would be whole may be rounded down.
+  """
   units = plan.leaf_shape.units
   return _interpolate(units - plan.initial_keep, units - plan.final_keep, units, progress)
 
 
 def _interpolate(first: int, last: int, size: int, progress) -> jax.Array:
-  # Counts between the ends carry float32 rounding (exact below 2**24); both ends are exact integers.
+  # Both ends are exact integers; between them float32 rounds: by a unit, or by some 1e-7 of the units where that is more.
   between = first + jnp.floor((last - first) * progress).astype(jnp.int32)
   return size - jnp.where(progress >= 1, last, jnp.where(progress <= 0, first, between)).astype(jnp.int32)
 
@@ -337,7 +352,7 @@ def _first_masks(updater, plans, indices, values, data):
     ]
     # A mask by `init` has its final sparsity at once, unless a ramp starts below it.
     start = updater.schedule.progress(0) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
-    scores = [leaf.plan.structure.to_units(scorer.score(leaf.drop_state, leaf.inputs)) for leaf in sparse]
+    scores = [_unit_scores(scorer, leaf, leaf.drop_state, leaf.inputs) for leaf in sparse]
     units = _prune(updater, sparse, scores, None, start)
     masks = [plan.structure.from_units(u, plan.shape) for plan, u in zip(plans, units)]
   return [masks_lib.pack(mask) if updater.pack_masks else mask for mask in masks]

@@ -6,6 +6,7 @@ step was measured). Selecting each state value where it is *computed* lets the r
 The two agree: where `hold` is off the selection is the new value, and where it is on the update is thrown away.
 """
 
+import collections
 from typing import Any
 
 import jax
@@ -32,12 +33,18 @@ def update_unless(
   old = jax.tree.leaves(state)
   new = closed.jaxpr.outvars[len(closed.jaxpr.outvars) - len(old) :]
   computed = {var for equation in closed.jaxpr.eqns for var in equation.outvars}
-  held = {var: value for var, value in zip(new, old) if not isinstance(var, core.Literal) and var in computed}
+  # One value that goes to two slots has two old values; it is selected slot by slot, when it is finished.
+  slots = collections.Counter(var for var in new if not isinstance(var, core.Literal))
+  held = {
+    var: value
+    for var, value in zip(new, old)
+    if not isinstance(var, core.Literal) and var in computed and slots[var] == 1
+  }
   results = _evaluate(closed, jax.tree.leaves((grads, state, params, extra)), hold, held)
   updates, state_shape = shapes
   split = len(results) - len(old)
   zeros = [jnp.where(hold, jnp.zeros_like(u), u) for u in results[:split]]
-  # What is in `held` has been selected; constants and inputs that come out unchanged have not.
+  # What is in `held` has been selected; constants, inputs that come out unchanged and shared values have not.
   state = [
     n if not isinstance(v, core.Literal) and v in held else jnp.where(hold, o, n)
     for v, o, n in zip(new, old, results[split:])

@@ -1,13 +1,16 @@
 """The search for the key of the k-th highest score, by counting passes over the scores.
 
 A leaf is often hundreds of MB and sharded, so everything here works on its natural shape with plain reductions. Scores
-are compared as order-preserving integer keys computed on the fly inside each pass: integers give -0.0 == +0.0, one
-lowest rank for every NaN, and exact order of subnormals, which float compares flush to zero on CPU. A search then
-narrows an interval of keys by counting, per pass, how many keys reach each of a few pivots.
+are compared as order-preserving integer keys: integers give -0.0 == +0.0, one lowest rank for every NaN, and exact
+order of subnormals, which float compares flush to zero on CPU. A search then narrows an interval of keys by counting,
+per pass, how many keys reach each of a few pivots. Keys are computed anew inside every pass and never stored.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -53,44 +56,93 @@ def sortable_key(x, where=None):
   return key if where is None else jnp.where(where, key, lowest - 1)
 
 
-def sum_together(terms, axes):
-  """int32 sums of bool arrays over `axes`, dims kept, in one pass.
+class Keys(NamedTuple):
+  """Keys of scores that are an elementwise function of arrays, so that a pass reads the arrays and stores nothing.
 
-  XLA on CPU neither fuses sibling sums nor vectorises a lone sum over a
-  trailing axis; a variadic reduce it does (two operands or more).
+  Attributes:
+    fn: maps `arrays` (or the same entries of each) to scores of their shape.
+    arrays: all of one shape.
+    where: None, or a bool array of that shape; entries where it is not `among` rank below everything, NaN included.
+    among: see `where`; False spares a caller the copy that `~where` would be.
+  """
+
+  fn: Callable[..., jax.Array]
+  arrays: tuple[jax.Array, ...]
+  where: jax.Array | None = None
+  among: bool = True
+
+  @property
+  def shape(self):
+    return self.arrays[0].shape
+
+  @property
+  def dtype(self):
+    return jax.eval_shape(self.fn, *self.arrays).dtype
+
+  @property
+  def lowest(self):
+    return key_range(self.dtype)[0] - (self.where is not None)
+
+  def compute(self):
+    """int32 keys, shape of the arrays."""
+    where = self.where if self.where is None or self.among else ~self.where
+    return sortable_key(self.fn(*self.arrays), where)
+
+  def inside(self, carried):
+    """(keys to compute inside a loop's body, carried): XLA may not move their computation out of the loop.
+
+    It would, as nothing in it changes from pass to pass, and the passes would then read a stored copy.
+    """
+    (arrays, where), carried = lax.optimization_barrier(((self.arrays, self.where), carried))
+    return self._replace(arrays=arrays, where=where), carried
+
+  def map(self, fn):
+    """The keys of fn(array) in place of every array."""
+    return self._replace(arrays=tuple(map(fn, self.arrays)), where=None if self.where is None else fn(self.where))
+
+
+def sum_together(terms, axes):
+  """int32 sums of bool arrays over `axes`, dims kept, in one pass that stores none of the terms.
+
+  XLA on CPU neither fuses sibling sums nor vectorises a lone sum over a trailing axis, nor fuses the term into it; a
+  variadic reduce it does (two operands or more), and the barrier keeps it from pruning the second operand.
   """
   axes = tuple(axes)
   terms = [t.astype(jnp.int32) for t in terms]
   if _JOINT_REDUCE:
     ops = tuple(terms if len(terms) > 1 else terms + [1 - terms[0]])
     sums = lax.reduce(ops, (jnp.int32(0),) * len(ops), lambda a, b: tuple(u + v for u, v in zip(a, b)), axes)
+    sums = lax.optimization_barrier(sums)
   else:
     sums = [jnp.sum(t, axes) for t in terms]
   return [lax.expand_dims(s, axes) for s in sums[: len(terms)]]
 
 
-def count_reaching(key, pivots, axes):
+def count_reaching(keys, pivots, axes):
   """[P, *group] counts over `axes` of key >= pivots[p]."""
+  keys, pivots = keys.inside(pivots)
+  key = keys.compute()
   return jnp.stack(sum_together([key >= p for p in pivots], axes))
 
 
-def sample(x, where, axes, size):
+def sample(keys, axes, size):
   """Keys of `size` units spread over each group, [*other axes, size].
 
   A gather, since under sharding a strided slice exchanges whole shards.  A
   hash moves each place within its stride, out of step with any pattern.
   """
-  stride = math.prod(x.shape[a] for a in axes) // size
+  shape = keys.shape
+  stride = math.prod(shape[a] for a in axes) // size
   i = lax.iota(jnp.uint32, size)
   move = ((i * jnp.uint32(2654435761)) >> 7) % stride
   place = (i * jnp.uint32(stride) + move).astype(jnp.int32)
-  index = [slice(None)] * x.ndim
+  index = [slice(None)] * len(shape)
   for a in reversed(axes):
-    index[a], place = place % x.shape[a], place // x.shape[a]
+    index[a], place = place % shape[a], place // shape[a]
   # Indexing puts the sample first unless the indexed axes are neighbours.
   front = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0
   take = lambda y: jnp.moveaxis(y.at[tuple(index)].get(mode="promise_in_bounds"), front, -1)
-  return sortable_key(take(x), None if where is None else take(where))
+  return keys.map(take).compute()
 
 
 def rung_positions(below, size):
@@ -100,17 +152,17 @@ def rung_positions(below, size):
   return below * size + steps * sigma
 
 
-def find_rungs(x, where, axes, units, keep):
+def find_rungs(keys, axes, units, keep):
   """Sample keys near the wanted rank, [_RUNGS, *group] ascending, or None."""
-  size = min(SAMPLE, _SAMPLE_ALL // (x.size // units))
+  size = min(SAMPLE, _SAMPLE_ALL // (math.prod(keys.shape) // units))
   size = min(size, units // 4)
   if size < _SAMPLE_MIN:
     return None
-  keys = lax.sort(sample(x, where, axes, size), is_stable=False)
-  rest = keys.shape[:-1]
+  found = lax.sort(sample(keys, axes, size), is_stable=False)
+  rest = found.shape[:-1]
   at = rung_positions((units - keep) / units, size).reshape((_RUNGS,) + rest)
   at = jnp.clip(at, 0, size - 1).astype(jnp.int32)
-  rungs = jnp.take_along_axis(keys, jnp.moveaxis(at, 0, -1), axis=-1)
+  rungs = jnp.take_along_axis(found, jnp.moveaxis(at, 0, -1), axis=-1)
   return jnp.moveaxis(rungs, -1, 0).reshape((_RUNGS,) + keep.shape)
 
 
@@ -220,27 +272,27 @@ def _rung_offsets(low, span, c_low, c_high, keep, rungs, first):
   return jnp.minimum(off, span - upper) + upper, first | (inside >= 12)
 
 
-def tie_cut(x, where, threshold, need, axes):
+def tie_cut(keys, threshold, need, axes):
   """Row-major index over `axes` below which `need` keys equal threshold.
 
   Axis by axis, outermost first: find the slice that holds the last tie
   wanted, then look only inside it.
   """
-  cut, stride = jnp.int32(0), math.prod(x.shape[a] for a in axes)
+  shape = list(keys.shape)
+  cut, stride = jnp.int32(0), math.prod(shape[a] for a in axes)
   for i, a in enumerate(axes[:-1]):
-    stride //= x.shape[a]
-    ties = sum_together([sortable_key(x, where) == threshold], axes[i + 1 :])[0]
+    stride //= shape[a]
+    ties = sum_together([keys.compute() == threshold], axes[i + 1 :])[0]
     below = jnp.cumsum(ties, a)
     at = jnp.sum(below < need, a, keepdims=True, dtype=jnp.int32)
-    at = jnp.minimum(at, x.shape[a] - 1)  # groups without ties
+    at = jnp.minimum(at, shape[a] - 1)  # groups without ties
     need = need - jnp.sum(jnp.where(below < need, ties, 0), a, keepdims=True)
     cut = cut + stride * at
-    x = jnp.take_along_axis(x, at, axis=a)
-    where = None if where is None else jnp.take_along_axis(where, at, axis=a)
+    keys, shape[a] = keys.map(lambda v: jnp.take_along_axis(v, at, axis=a)), 1
   a = axes[-1]
-  n = x.shape[a]
-  tie = sortable_key(x, where) == threshold
-  place = lax.broadcasted_iota(jnp.int32, tuple(m if b == a else 1 for b, m in enumerate(x.shape)), a)
+  n = shape[a]
+  tie = keys.compute() == threshold
+  place = lax.broadcasted_iota(jnp.int32, tuple(m if b == a else 1 for b, m in enumerate(shape)), a)
   # The same search, over places from the back: exact, since no two are equal.
   count = lambda pivots: jnp.stack(sum_together([tie & (n - 1 - place >= p) for p in pivots], (a,)))
   units = sum_together([tie], (a,))[0]
@@ -265,7 +317,7 @@ def bisect(reach, lowest, highest, keep):
   bits = (highest - lowest).bit_length()
 
   def body(i, found):
-    trial = found | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+    trial = found | (jnp.uint32(1) << jnp.uint32(bits - 1 - i))
     enough = reach(lowest + trial.astype(jnp.int32)) >= keep
     return jnp.where((trial <= span) & enough, trial, found)
 

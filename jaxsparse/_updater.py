@@ -237,7 +237,7 @@ class Updater:
     if (whole_model or self.drop.uses_gradient) and (loss_fn is None or batches is None):
       raise ValueError(
         f"{self!r} scores weights by {type(self.drop).__name__}, which needs gradients: pass loss_fn=(params, batch) "
-        "-> loss and batches=[...] to instant_sparsify."
+        f"-> {self.drop.objective if whole_model else 'loss'} and batches=[...] to instant_sparsify."
       )
     return _instant(self, params, key, loss_fn, list(batches) if batches is not None else [])
 

@@ -11,29 +11,45 @@ from jaxsparse import _tree
 from jaxsparse import masks as masks_lib
 
 
-def summarize_sparsity(tree: Any, only_total: bool = False) -> dict[str, jax.Array]:
+def summarize_sparsity(tree: Any, only_total: bool = False, params: Any = None) -> dict[str, jax.Array]:
   """Sparsity of every leaf and of the whole.
 
+  Three totals are in use, and they differ. Of masks alone, the total is over the leaves that have one: leaves that a rule
+  or the distribution keeps dense are left out, so where ERK makes a layer dense it lies above the `sparsity=` asked for.
+  With `params=` it is over all parameters, biases too: what the model has lost. Of parameters alone, zeros are counted
+  (JaxPruner's habit): initial zeros of biases count as removed, and so do freshly grown weights, which are kept.
+
   Args:
-    tree: masks (from `get_masks`), or parameters. In masks, False counts; in parameters, zeros do. Count masks where you
-      can: freshly grown weights are zero and still kept.
+    tree: masks (from `get_masks`), or parameters. In masks, False counts; in parameters, zeros do.
     only_total: leave out the leaves.
+    params: beside masks, the parameters: a leaf without a mask then counts as kept. A part of both trees will do, such
+      as the kernels alone.
 
   Returns:
-    "path/of/leaf" -> sparsity, and "_total_sparsity" over all leaves (dense leaves of a mask tree are not in it: pass
-    parameters to count them). Works under jit.
+    "path/of/leaf" -> sparsity, and "_total_sparsity". Works under jit.
 
   >>> import jax.numpy as jnp
+  >>> import optax
+  >>> import optax
   >>> {k: float(v) for k, v in summarize_sparsity({"w": jnp.array([1., 0., 0., 0.])}).items()}
   {'w': 0.75, '_total_sparsity': 0.75}
+  >>> masks = {"w": jnp.array([True, False, False, False]), "b": optax.MaskedNode()}
+  >>> {k: float(v) for k, v in summarize_sparsity(masks, params={"w": jnp.ones(4), "b": jnp.zeros(2)}).items()}
+  {'b': 0.0, 'w': 0.75, '_total_sparsity': 0.5}
   >>> float(summarize_sparsity({})["_total_sparsity"])
   0.0
   """
   leaves = _mask_leaves(tree)
   kept = {name: jnp.sum(leaf != 0, dtype=jnp.float32) for name, leaf in leaves.items()}
-  size = sum(leaf.size for leaf in leaves.values())
+  sizes = {name: leaf.size for name, leaf in leaves.items()}
+  if params is not None:
+    every = _tree.flatten(params)
+    _tree.match(every, tree, "masks")
+    sizes = {name: leaf.size for name, leaf in zip(every.names, every.values) if not _tree.is_masked_node(leaf)}
+    kept = {name: kept.get(name, jnp.float32(size)) for name, size in sizes.items()}
+  size = sum(sizes.values())
   total = 1 - sum(kept.values(), jnp.float32(0)) / size if size else jnp.float32(0)  # No masks: nothing is removed.
-  out = {} if only_total else {name: 1 - kept[name] / max(leaf.size, 1) for name, leaf in leaves.items()}
+  out = {} if only_total else {name: 1 - kept[name] / max(sizes[name], 1) for name in sizes}
   return out | {"_total_sparsity": total}
 
 

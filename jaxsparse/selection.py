@@ -2,11 +2,15 @@
 
 Scores are ranked along given axes of their natural shape, so a sharded leaf stays sharded. A score is compared as an
 order-preserving integer key (`_threshold.sortable_key`), and the threshold is found by counting (`_threshold.search`).
+Scores that are an elementwise function of arrays may be given as `Elementwise`; then they are never stored.
 """
 
+import dataclasses
 import math
 import operator
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,6 +19,39 @@ from jaxsparse import _threshold
 _SMALL_UNITS = 32  # up to this many units on one axis: compare all pairs
 _PAIRED_UNITS = 8  # up to this many, a GPU compares each pair once
 _SMALL_SIZE = 1 << 20  # up to this many scores: plain bisection, which compiles fast
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Elementwise:
+  """Scores as an elementwise function of arrays: evaluated inside each pass of a search, so that no copy is stored.
+
+  Attributes:
+    fn: maps `arrays`, or the same entries of each, to scores of their shape.
+    arrays: one or more arrays of one shape.
+  """
+
+  fn: Callable[..., jax.Array]
+  arrays: tuple[jax.Array, ...]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.arrays[0].shape
+
+  @property
+  def size(self) -> int:
+    return self.arrays[0].size
+
+  def compute(self) -> jax.Array:
+    """The scores as an array."""
+    return self.fn(*self.arrays)
+
+
+def rank_last(scores: jax.Array | Elementwise, among: jax.Array) -> jax.Array | Elementwise:
+  """The scores with -inf outside `among` (bool, of their shape)."""
+  outside = lambda scores, among: jnp.where(among, scores, -jnp.inf)
+  if isinstance(scores, Elementwise):
+    return Elementwise(lambda among, *arrays: outside(scores.fn(*arrays), among), (among, *scores.arrays))
+  return outside(scores, among)
 
 
 def keep_count(size: int, sparsity: float) -> int:
@@ -47,7 +84,7 @@ def topk_mask(scores, keep, axis=None, where=None):
   -0.0 ties with +0.0.
 
   Args:
-   scores: array of f32, bf16, f16, bool, or an integer dtype of <= 32 bits.
+   scores: array of f32, bf16, f16, bool, or an integer dtype of <= 32 bits; or `Elementwise`.
    keep: int, or int32 scalar (may be traced), or int32 array broadcastable
     to scores.shape with size 1 at `axis`.  Clipped to [0, units].
    axis: None (all axes), an int or a tuple of ints.
@@ -59,7 +96,7 @@ def topk_mask(scores, keep, axis=None, where=None):
    TypeError: unsupported score dtype, or keep is not an integer.
    ValueError: bad axis, or keep does not broadcast to the groups.
   """
-  return _topk(jnp.asarray(scores), keep, axis, where)
+  return _topk(_keys(scores, where), keep, axis)
 
 
 def global_keep_counts(scores, keep_total, unit_sizes):
@@ -70,7 +107,7 @@ def global_keep_counts(scores, keep_total, unit_sizes):
   the kept sizes sum to exactly keep_total (clipped to what there is).
 
   Args:
-   scores: list of arrays, one score per unit, any shapes, dtypes as for
+   scores: list of arrays or `Elementwise`, one score per unit, any shapes, dtypes as for
     topk_mask (compared in their common dtype).
    keep_total: budget in elements, int or int32 scalar (may be traced).
    unit_sizes: elements per unit, one positive int per array.
@@ -83,27 +120,24 @@ def global_keep_counts(scores, keep_total, unit_sizes):
    ValueError: lists differ in length, a unit size is < 1, or there are
     2**31 elements or more.
   """
-  scores = [jnp.asarray(s) for s in scores]
   weights = [operator.index(u) for u in unit_sizes]
-  total = sum(w * s.size for w, s in zip(weights, scores))
-  if len(scores) != len(weights) or min(weights, default=1) < 1 or total >= 2**31:
+  keys = [_keys(s if isinstance(s, Elementwise) else jnp.atleast_1d(s)) for s in scores]
+  sizes = [math.prod(k.shape) for k in keys]
+  total = sum(w * n for w, n in zip(weights, sizes))
+  if len(keys) != len(weights) or min(weights, default=1) < 1 or total >= 2**31:
     raise ValueError("need one unit size >= 1 per array and < 2**31 elements")
-  live = [i for i, s in enumerate(scores) if s.size]
-  kept = [jnp.int32(0)] * len(scores)
+  live = [i for i, n in enumerate(sizes) if n]
+  kept = [jnp.int32(0)] * len(keys)
   if not live:
     return kept
-  dtype = jnp.result_type(*(scores[i] for i in live))
-  leaves = [(jnp.ravel(s) if s.ndim == 0 else s).astype(dtype) for s in (scores[i] for i in live)]
+  dtype = jnp.result_type(*(keys[i].dtype for i in live))
+  leaves = [keys[i]._replace(fn=lambda *a, fn=keys[i].fn: fn(*a).astype(dtype)) for i in live]
   weights = [weights[i] for i in live]
   keep = jnp.clip(_as_count(keep_total), 0, total)
 
   def count_each(pivots):
-    return [
-      _threshold.count_reaching(
-        _threshold.sortable_key(s), pivots.reshape((-1,) + (1,) * s.ndim), range(s.ndim)
-      ).reshape(-1)
-      for s in leaves
-    ]
+    shaped = [pivots.reshape((-1,) + (1,) * len(k.shape)) for k in leaves]
+    return [_threshold.count_reaching(k, p, range(len(k.shape))).reshape(-1) for k, p in zip(leaves, shaped)]
 
   def count(pivots):
     return sum(w * c for w, c in zip(weights, count_each(pivots)))
@@ -114,9 +148,7 @@ def global_keep_counts(scores, keep_total, unit_sizes):
     threshold = _joint_threshold(leaves, weights, total, keep, count)
   reach = count_each(threshold[None])
   # threshold + 1 may wrap for integer scores, so count the ties themselves.
-  tied = [
-    _threshold.sum_together([_threshold.sortable_key(s) == threshold], range(s.ndim))[0].reshape(()) for s in leaves
-  ]
+  tied = [_threshold.sum_together([k.compute() == threshold], range(len(k.shape)))[0].reshape(()) for k in leaves]
   above = [r[0] - t for r, t in zip(reach, tied)]
   left = keep - sum(w * a for w, a in zip(weights, above))
   for i, w, a, t in zip(live, weights, above, tied):
@@ -127,10 +159,11 @@ def global_keep_counts(scores, keep_total, unit_sizes):
 
 def _joint_threshold(leaves, weights, total, keep, count):
   """The key of the keep-th highest entry over several arrays, searched from a weighted sample of them."""
-  sizes = [min(s.size, max(1, int(_threshold.SAMPLE * (w * s.size / total)))) for w, s in zip(weights, leaves)]
-  samples = [_threshold.sample(s, None, tuple(range(s.ndim)), n) for s, n in zip(leaves, sizes)]
+  sizes = [math.prod(k.shape) for k in leaves]
+  drawn = [min(n, max(1, int(_threshold.SAMPLE * (w * n / total)))) for w, n in zip(weights, sizes)]
+  samples = [_threshold.sample(k, tuple(range(len(k.shape))), n) for k, n in zip(leaves, drawn)]
   # A sampled unit stands for its share of its array's elements.
-  share = [jnp.full(p.size, w * s.size / p.size, jnp.float32) for w, s, p in zip(weights, leaves, samples)]
+  share = [jnp.full(p.size, w * n / p.size, jnp.float32) for w, n, p in zip(weights, sizes, samples)]
   keys, share = lax.sort((jnp.concatenate(samples), jnp.concatenate(share)), num_keys=1)
   at = _threshold.rung_positions((total - keep) / total, keys.size)
   at = jnp.searchsorted(jnp.cumsum(share) / total, at / keys.size)
@@ -148,7 +181,7 @@ def drop_and_grow(mask, drop_scores, grow_scores, keep_after_drop, keep_after_gr
 
   Args:
    mask: bool array, the current mask.
-   drop_scores: scores of mask.shape, float (or <= 16-bit integer).
+   drop_scores: scores of mask.shape, float (or <= 16-bit integer), or `Elementwise`.
    grow_scores: scores of mask.shape, likewise.  NaN ranks lowest.
    keep_after_drop: kept entries per group after the drop, as topk_mask's
     `keep`; no more than what the mask keeps takes effect.
@@ -165,13 +198,13 @@ def drop_and_grow(mask, drop_scores, grow_scores, keep_after_drop, keep_after_gr
    ValueError: shapes differ, or as topk_mask.
   """
   mask = jnp.asarray(mask, bool)
-  drop_scores, grow_scores = jnp.asarray(drop_scores), jnp.asarray(grow_scores)
-  if not mask.shape == drop_scores.shape == grow_scores.shape:
-    raise ValueError(f"mask and scores need one shape, got {mask.shape}, {drop_scores.shape}, {grow_scores.shape}")
-  kept = mask & _topk(drop_scores, keep_after_drop, axis, mask)
+  drop = _keys(drop_scores, mask)
+  if not mask.shape == drop.shape == jnp.shape(grow_scores):
+    raise ValueError(f"mask and scores need one shape, got {mask.shape}, {drop.shape}, {jnp.shape(grow_scores)}")
+  kept = mask & _topk(drop, keep_after_drop, axis)
   have = _threshold.sum_together([kept], _axes(axis, mask.ndim))[0]
   grow = jnp.maximum(_as_count(keep_after_grow) - have, 0)
-  return kept | (~kept & _topk(grow_scores, grow, axis, ~kept))
+  return kept | (~kept & _topk(_keys(grow_scores, kept, among=False), grow, axis))
 
 
 def swap_counts(mask, drop_scores, grow_scores, total_swaps, axis):
@@ -232,36 +265,44 @@ def _axes(axis, ndim):
   return tuple(sorted(a % ndim for a in axes))
 
 
-def _topk(x, keep, axis, where):
-  """topk_mask; entries outside `where` rank below everything, NaN included."""
-  axes = _axes(axis, x.ndim)
-  if where is not None and _threshold.key_range(x.dtype)[0] <= -(2**31):
-    raise TypeError(f"{x.dtype} scores are not supported here")
-  _threshold.key_range(x.dtype)
-  group = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-  units = math.prod(x.shape[a] for a in axes)
+def _keys(scores, where=None, among=True):
+  """The sortable keys of scores; entries where `where` is not `among` rank below everything, NaN included."""
+  if not isinstance(scores, Elementwise):
+    scores = Elementwise(lambda x: x, (jnp.asarray(scores),))
+  keys = _threshold.Keys(scores.fn, tuple(scores.arrays), where, among)
+  if keys.lowest < -(2**31):
+    raise TypeError(f"{keys.dtype} scores are not supported here")
+  return keys
+
+
+def _topk(keys, keep, axis):
+  """topk_mask of sortable keys."""
+  shape = keys.shape
+  axes = _axes(axis, len(shape))
+  group = tuple(1 if a in axes else n for a, n in enumerate(shape))
+  size, units = math.prod(shape), math.prod(shape[a] for a in axes)
   keep = jnp.broadcast_to(jnp.clip(_as_count(keep), 0, units), group)
-  if x.size == 0 or not axes:
-    return jnp.broadcast_to(keep > 0, x.shape)
+  if size == 0 or not axes:
+    return jnp.broadcast_to(keep > 0, shape)
   if len(axes) == 1 and units <= _SMALL_UNITS:
-    return _topk_pairs(_threshold.sortable_key(x, where), keep, axes[0])
-  index = _unit_index(x.shape, axes)
-  if x.size <= _SMALL_SIZE:
-    return _topk_bisect(x, keep, axes, where, index, units)
-  rungs = _threshold.find_rungs(x, where, axes, units, keep)
-  count = lambda pivots: _threshold.count_reaching(_threshold.sortable_key(x, where), pivots, axes)
-  lowest = None if where is None else _threshold.key_range(x.dtype)[0] - 1
-  low, last, c_low, c_high = _threshold.search(count, x.dtype, jnp.full(group, units, jnp.int32), keep, rungs, lowest)
+    return _topk_pairs(keys.compute(), keep, axes[0])
+  index = _unit_index(shape, axes)
+  if size <= _SMALL_SIZE:
+    return _topk_bisect(keys, keep, axes, index, units)
+  rungs = _threshold.find_rungs(keys, axes, units, keep)
+  count = lambda pivots: _threshold.count_reaching(keys, pivots, axes)
+  whole = jnp.full(group, units, jnp.int32)
+  low, last, c_low, c_high = _threshold.search(count, keys.dtype, whole, keep, rungs, keys.lowest)
   # Keep what is above `threshold`, and its ties with index < `cut`.
   threshold = jnp.where(keep == 0, last, low)
   cut = jnp.where(keep == 0, 0, units)
   torn = (keep > 0) & (c_low != keep)
   cut = lax.cond(
     jnp.any(torn),
-    lambda: jnp.where(torn, _threshold.tie_cut(x, where, threshold, keep - c_high, axes), cut),
+    lambda: jnp.where(torn, _threshold.tie_cut(keys, threshold, keep - c_high, axes), cut),
     lambda: cut,
   )
-  key = _threshold.sortable_key(x, where)
+  key = keys.compute()
   return (key > threshold) | ((key == threshold) & (index < cut))
 
 
@@ -275,12 +316,12 @@ def _unit_index(shape, axes):
   return index
 
 
-def _topk_bisect(x, keep, axes, where, index, units):
+def _topk_bisect(keys, keep, axes, index, units):
   """Threshold by bisection over the bits of the key, then over positions among the ties."""
-  key = _threshold.sortable_key(x, where)
-  lowest, highest = _threshold.key_range(x.dtype)
+  key = keys.compute()
+  lowest, highest = _threshold.key_range(keys.dtype)
   threshold = _threshold.bisect(
-    lambda p: _threshold.sum_together([key >= p], axes)[0], lowest - (where is not None), highest, keep
+    lambda p: _threshold.sum_together([key >= p], axes)[0], min(lowest, keys.lowest), highest, keep
   )
   above = key > threshold
   need = keep - _threshold.sum_together([above], axes)[0]

@@ -79,6 +79,21 @@ def test_config_dict_with_names_alone():
   js.create_updater(config)
 
 
+def test_drop_fraction_takes_a_number_or_a_schedule():
+  """A number goes into the paper's schedule: constant for SET, a cosine for the others."""
+  decaying = {"name": "set", "sparsity": 0.9, "stop": 100, "drop_fraction": {"name": "CosineFraction", "end": 0.1}}
+  updater = js.create_updater(decaying)
+  assert updater.drop_fraction == js.schedules.CosineFraction(0.3, end=0.1)
+  same(js.create_updater(js.updater_config(updater)), updater)
+  assert js.create_updater(decaying | {"drop_fraction": 0.2}).drop_fraction == js.schedules.ConstantFraction(0.2)
+  for name in ("rigl", "snfs"):
+    assert js.create_updater(decaying | {"name": name, "drop_fraction": 0.2}).drop_fraction.fraction == 0.2
+    constant = js.create_updater(decaying | {"name": name, "drop_fraction": "ConstantFraction"})
+    assert constant.drop_fraction == js.schedules.ConstantFraction(0.3)
+  with pytest.raises(ValueError, match="set needs stop= for drop_fraction=CosineFraction"):
+    js.create_updater(decaying | {"stop": None})
+
+
 def test_prints_as_the_call():
   for name in laws.EXPECTED:
     updater = js.get_algorithm(name)(**laws.EXPECTED[name].arguments)

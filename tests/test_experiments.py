@@ -18,18 +18,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import jaxsparse as js
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from experiments import checkpoints
 from experiments import datasets
 from experiments import fashion_mnist_table
 from experiments import metrics
 from experiments import models
 from experiments import train
+import jaxsparse as js
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
@@ -110,6 +107,26 @@ def test_a_toy_run_leaves_metrics_a_checkpoint_and_a_report(tmp_path, name, spar
     assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
   events = read_events(tmp_path / "tensorboard")
   assert events["train_loss", 24] == pytest.approx(rows[-1]["train_loss"])
+
+
+def test_synflow_gets_the_sum_of_outputs_on_ones(tmp_path, monkeypatch):
+  """By a configuration alone: the masks are those of the flow, not of the training loss."""
+  config = toy("digits_synflow", steps=1)
+  config.updater.iterations = 5
+  config.updater.sparsity = 0.95
+  made = []
+  original = js.set_masks
+  monkeypatch.setattr(js, "set_masks", lambda state, masks: made.append(masks) or original(state, masks))
+  train.train(config, tmp_path)
+  model = models.create(config.model, classes=10)
+  params = jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros((1, 8, 8, 1)))["params"]
+  _, want = js.synflow(sparsity=0.95, iterations=5).instant_sparsify(
+    params,
+    loss_fn=lambda p, ones: model.apply({"params": p}, ones).sum(),
+    batches=[jnp.ones((1, 8, 8, 1))],
+  )
+  jax.tree.map(np.testing.assert_array_equal, made[0], want)
+  assert all(mask.any() for mask in jax.tree.leaves(want))
 
 
 def test_the_cnn_gives_logits():

@@ -1,5 +1,7 @@
-"""The sparse tensor-core matmul: its layout, its body with a dense MMA in interpret mode, its machine code for sm_90a."""
+"""The sparse tensor-core matmul: its layout, its body with a dense MMA interpreted, its machine code for sm_90a."""
 
+import json
+import pathlib
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from jaxsparse.arrays import NMArray
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.nm_matmul import _hopper
 from jaxsparse.ops.nm_matmul import _hopper_layout as hl
+from jaxsparse.ops.nm_matmul import tuning
 from jaxsparse.ops.nm_matmul.tuning import best_tuning, choose_tuning, SHARED_BYTES, Tuning
 
 needs_pallas = pytest.mark.skipif(mg.unavailable() is not None, reason=str(mg.unavailable()))
@@ -103,13 +106,24 @@ class TestTuning:
   @pytest.mark.parametrize("reduction", [256, 4096, 14336, 28672])
   def test_every_shape_gets_one_that_fits(self, reduction, outputs):
     for batch in (1, 7, 8, 9, 16, 33, 64, 65, 100, 128, 200, 256, 512, 1000, 2048, 4096, 8192, 100_000):
-      tuning = best_tuning(batch, reduction, outputs)
-      assert tuning.shared_bytes() <= SHARED_BYTES
-      assert tuning.tile_n >= min(batch, 64)
+      chosen = best_tuning(batch, reduction, outputs)
+      assert chosen.shared_bytes() <= SHARED_BYTES
+      assert chosen.tile_n >= min(batch, 64)
 
   def test_dense_wins_when_small(self):
     assert choose_tuning(64, 512, 512) is None
     assert choose_tuning(64, 4096, 4096) is not None
+
+  def test_agrees_with_what_was_measured(self):
+    table = pathlib.Path(tuning.__file__).parent / "measured" / "nvidia_h100.json"
+    for row in json.loads(table.read_text())["shapes"]:
+      times = {(*key[:3], key[5]): us for *key, us in reversed(row["sparse"])}
+      chosen = best_tuning(*row["shape"])
+      taken = times.get((chosen.tile_m, chosen.tile_n, chosen.tile_k, chosen.split_k))
+      if taken is not None:
+        assert taken <= 1.08 * min(times.values()), (row["shape"], chosen)
+      if not row["rotated"] and taken is not None:
+        assert 0.85 < tuning._estimate(chosen, *row["shape"]) / 1000 / taken < 1.1, (row["shape"], chosen)
 
   def test_rejects(self):
     with pytest.raises(ValueError, match="more registers"):
@@ -184,12 +198,13 @@ class TestMachineCode:
     "f32": ((512, 4096, 4096), None, dict(out_dtype=jnp.float32, activation="gelu")),
     "f16, ragged": ((100, 1000, 1001), Tuning(256, 200), dict(dtype=jnp.float16)),
     "three warpgroups": ((512, 4096, 6144), Tuning(192, 128, 64, 5, 3), {}),
-    "split": ((16, 28672, 4096), Tuning(128, 16, 128, 4, split_k=4), {}),
+    "parts added by XLA": ((4096, 8192, 4096), Tuning(128, 256, split_k=2), {}),
+    "parts meet": ((512, 14336, 4096), Tuning(128, 256, split_k=2), dict(bias=True, activation="gelu")),
   }
 
   @pytest.mark.parametrize("case", CASES)
   def test_sparse_instruction_reaches_sm_90a(self, case, tmp_path, monkeypatch):
-    (batch, reduction, outputs), tuning, options = self.CASES[case]
+    (batch, reduction, outputs), tiles, options = self.CASES[case]
     options = dict(options)
     dtype, transposed = options.pop("dtype", jnp.bfloat16), options.pop("reduction_contiguous", False)
     bias = jax.ShapeDtypeStruct((outputs,), jnp.float32) if options.pop("bias", False) else None
@@ -200,7 +215,7 @@ class TestMachineCode:
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
 
     def f(x, w, bias):
-      return _hopper.nm_matmul_sparse_core(x, w, bias=bias, tuning=tuning, **options)
+      return _hopper.nm_matmul_sparse_core(x, w, bias=bias, tuning=tiles, **options)
 
     compiled = ahead_of_time.compile_for_h100(f, x, w, bias)
     assert "nm_matmul_sparse_core" in compiled.as_text()
@@ -210,6 +225,7 @@ class TestMachineCode:
     assert "wgmma.mma_async.sp.sync.aligned.m64n" in ptx and f"k32.f32.{kind}.{kind}" in ptx
     assert f"1, 1, 1, {int(not transposed)}, 0;" in ptx  # A is transposed unless its reduction is contiguous
     assert "for 'sm_90a'" in report and "C7510" not in report  # C7510: wgmma was serialised
+    assert ("red.release.gpu" in ptx) == (case == "parts meet")
     spilled = int(report.split(" bytes spill stores")[0].split()[-1])
     assert spilled < 128, report
 
@@ -223,6 +239,8 @@ def random_weight_like(reduction, outputs, dtype, transposed):
 
 
 def test_importing_jaxsparse_does_not_import_pallas():
-  code = "import sys, jaxsparse, jaxsparse.ops; print([m for m in sys.modules if 'pallas' in m and 'experimental' in m])"
+  code = (
+    "import sys, jaxsparse, jaxsparse.ops; print([m for m in sys.modules if 'pallas' in m and 'experimental' in m])"
+  )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == "[]"

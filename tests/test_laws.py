@@ -1,9 +1,6 @@
 """Every algorithm and every optimizer, structure and dtype against the laws."""
 
-import jax
-import jax.numpy as jnp
 import laws
-import optax
 import pytest
 
 import jaxsparse as js

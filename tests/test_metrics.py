@@ -34,6 +34,31 @@ def test_summarize_sparsity():
   assert floats(jax.jit(js.summarize_sparsity)(OLD)) == floats(js.summarize_sparsity(OLD))
 
 
+def test_summarize_sparsity_with_params_counts_dense_leaves_as_kept():
+  """With ERK the second layer is dense: masks alone say 0.6, the kernels say what was asked for, 0.5."""
+  params = {"a": {"kernel": jnp.ones((100, 100)), "bias": jnp.zeros(100)}, "b": {"kernel": jnp.ones((100, 20))}}
+  updater = js.static_sparse(sparsity=0.5)
+  state = updater.wrap_optax(optax.sgd(0.1)).init(params)
+  masks = js.get_masks(state)
+  assert isinstance(masks["b"]["kernel"], optax.MaskedNode)
+  total = lambda *args, **kwargs: float(js.summarize_sparsity(*args, **kwargs)["_total_sparsity"])
+  assert total(masks) == pytest.approx(0.6)
+  kernels = lambda tree: {k: {"kernel": layer["kernel"]} for k, layer in tree.items()}
+  assert total(kernels(masks), params=kernels(params)) == pytest.approx(0.5)
+  assert floats(js.summarize_sparsity(masks, params=params)) == pytest.approx(
+    {"a/bias": 0, "a/kernel": 0.6, "b/kernel": 0, "_total_sparsity": 6000 / 12100}
+  )
+  packed = js.get_sparsity_state(
+    js.static_sparse(sparsity=0.5, pack_masks=True).wrap_optax(optax.sgd(0.1)).init(params)
+  )
+  assert total(packed.masks, params=params) == pytest.approx(6000 / 12100)
+  assert floats(jax.jit(lambda m, p: js.summarize_sparsity(m, params=p))(masks, params))["a/kernel"] == pytest.approx(
+    0.6
+  )
+  with pytest.raises(ValueError, match="masks"):
+    js.summarize_sparsity({"a": masks["a"]}, params=params)
+
+
 def test_summarize_intersection():
   got = floats(js.summarize_intersection(OLD, NEW))
   assert got == pytest.approx({"a": 0.5, "b": 0.0, "_total_intersection": 1 / 3})

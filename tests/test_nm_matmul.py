@@ -217,6 +217,39 @@ def test_sparse_fine_tuning():
   np.testing.assert_allclose(np.asarray(tuned["up"].to_dense()), np.asarray(dense["up"]), rtol=2e-3, atol=2e-4)
 
 
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import jaxsparse as js
+rng = np.random.default_rng(0)
+w = rng.normal(size=(16, 4, 8)); w[:, 1::2] = 0
+w = js.NMArray.from_dense(jnp.asarray(w.reshape(64, 8), jnp.float32), 2, 4)
+x = jnp.asarray(rng.normal(size=(6, 64)), jnp.float32)
+mesh = jax.make_mesh((4,), ("o",), axis_types=(jax.sharding.AxisType.Auto,))
+specs = P(), P(None, None, "o")
+whole = lambda x, w: js.ops.nm_matmul(x, w, activation="silu")
+split = jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, "o"))
+near = lambda a, b: jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), a, b)
+trainable, fixed = js.arrays.partition(w)
+loss = lambda f: lambda x, t: (f(x, js.arrays.combine(t, fixed)) ** 2).sum()
+near(jax.jit(split)(x, w), whole(x, w))
+near(jax.grad(loss(split), (0, 1))(x, trainable), jax.grad(loss(whole), (0, 1))(x, trainable))
+placed = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, specs[1])), w)
+y = jax.jit(whole)(x, placed)
+near(y, whole(x, w))
+assert y.sharding.spec == P(None, "o") and placed.to_dense().sharding.spec == P(None, "o")
+"""
+
+
+def test_sharded():
+  """Split along O over four devices: by shard_map, gradients included, and by the compiler."""
+  root = pathlib.Path(__file__).parents[1]
+  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+  env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
 # -- Which one runs ----------------------------------------------------------------------------------------------------
 
 

@@ -330,3 +330,32 @@ def test_sharded():
   )
   done = subprocess.run([sys.executable, "-W", "error", "-c", SHARDED], env=env, capture_output=True, text=True)
   assert done.returncode == 0 and "sharded ok" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_without_jit(path):
+  """Loops then run in Python, with Python integers for indices; whoever debugs sees the same masks."""
+  scores = jnp.asarray(np.random.default_rng(0).normal(size=(5, 9)), jnp.float32)
+  want = topk(scores, 7, path=path), run("global_keep_counts", path, [scores, scores[0]], 11, unit_sizes=(1, 1))
+  with jax.disable_jit(), mock.patch.object(sel, "_SMALL_SIZE", {"bisection": 1 << 62, "search": 0}[path]):
+    np.testing.assert_array_equal(sel.topk_mask(scores, 7), want[0])
+    assert sel.global_keep_counts([scores, scores[0]], 11, (1, 1)) == want[1]
+
+
+def test_a_search_stores_no_copy_of_the_scores():
+  """Beside the mask, a leaf of 8 MB needs a few samples; a stored copy of its scores or keys would show."""
+  x = jax.ShapeDtypeStruct((2048, 1024), jnp.float32)
+  mask = jax.ShapeDtypeStruct(x.shape, bool)
+
+  def prune(x, mask):
+    return sel.topk_mask(sel.Elementwise(jnp.abs, (x,)), x.size // 10, where=mask)
+
+  def swap(x, grad, mask):
+    drop, grow = (sel.Elementwise(jnp.abs, (v,)) for v in (x, grad))
+    return sel.drop_and_grow(mask, drop, grow, x.size // 10, x.size // 5)
+
+  def temporary(fn, *args):
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary(prune, x, mask) < 1e6
+  assert temporary(swap, x, x, mask) < 1e6 + mask.size  # the mask between drop and growth

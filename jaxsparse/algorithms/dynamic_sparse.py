@@ -14,7 +14,7 @@ def set_(
   every: int = 100,
   start: int = 0,
   stop: int | None = None,
-  drop_fraction: float = 0.3,
+  drop_fraction: float | schedules.AbstractDropFraction = 0.3,
   distribution: distributions.AbstractDistribution = distributions.ERK(),
   **common,
 ) -> _updater.Updater:
@@ -25,12 +25,15 @@ def set_(
     every: updates between refreshes.
     start: count of the first refresh.
     stop: refreshes end before this count; None never ends them.
-    drop_fraction: share of the kept weights replaced at each refresh (zeta, 0.3 in the paper).
+    drop_fraction: share of the kept weights replaced at each refresh (zeta, 0.3 in the paper, constant); a schedule such
+      as `CosineFraction(0.3)` lets it decay until `stop`.
     distribution: layer densities.
     **common: as in `magnitude`.
 
   >>> set_(sparsity=0.9, stop=1000)
   set(sparsity=0.9, stop=1000)
+  >>> set_(sparsity=0.9, stop=1000, drop_fraction=schedules.CosineFraction(0.3)).drop_fraction
+  CosineFraction(fraction=0.3, end=0.0)
 
   References:
     Mocanu et al., 2018, https://arxiv.org/abs/1707.04780.
@@ -41,7 +44,7 @@ def set_(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
     drop=scorers.Magnitude(),
     grow=scorers.Random(),
-    drop_fraction=schedules.ConstantFraction(drop_fraction),
+    drop_fraction=_fraction("set", drop_fraction, schedules.ConstantFraction, stop),
     init=scorers.Random(),
     skip_step_when_due=True,
     sparsity=sparsity,
@@ -57,7 +60,7 @@ def rigl(
   every: int = 100,
   start: int = 0,
   stop: int | None = None,
-  drop_fraction: float = 0.3,
+  drop_fraction: float | schedules.AbstractDropFraction = 0.3,
   distribution: distributions.AbstractDistribution = distributions.ERK(),
   **common,
 ) -> _updater.Updater:
@@ -71,7 +74,7 @@ def rigl(
     every: updates between refreshes (Delta T, 100 in the paper).
     start: count of the first refresh.
     stop: refreshes end before this count (T_end, 75 % of training in the paper).
-    drop_fraction: alpha, 0.3 in the paper.
+    drop_fraction: alpha, 0.3 in the paper; or any schedule instead of the cosine, such as `ConstantFraction(0.1)`.
     distribution: layer densities (ERK in the paper's best results).
     **common: as in `magnitude`.
 
@@ -87,7 +90,7 @@ def rigl(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
     drop=scorers.Magnitude(),
     grow=scorers.GradientMagnitude(),
-    drop_fraction=schedules.CosineFraction(drop_fraction),
+    drop_fraction=_fraction("rigl", drop_fraction, schedules.CosineFraction, stop),
     init=scorers.Random(),
     skip_step_when_due=True,
     sparsity=sparsity,
@@ -103,7 +106,7 @@ def snfs(
   every: int = 100,
   start: int = 0,
   stop: int | None = None,
-  drop_fraction: float = 0.3,
+  drop_fraction: float | schedules.AbstractDropFraction = 0.3,
   momentum: float = 0.9,
   distribution: distributions.AbstractDistribution = distributions.ERK(),
   **common,
@@ -126,7 +129,7 @@ def snfs(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
     drop=scorers.Magnitude(),
     grow=scorers.Momentum(momentum),
-    drop_fraction=schedules.CosineFraction(drop_fraction),
+    drop_fraction=_fraction("snfs", drop_fraction, schedules.CosineFraction, stop),
     init=scorers.Random(),
     sparsity=sparsity,
     distribution=distribution,
@@ -139,3 +142,13 @@ def _check_stop(name: str, stop: int | None) -> None:
     raise ValueError(
       f"{name} needs stop=, the count of updates at which the drop fraction has decayed to zero (the papers: 75 % of training)."
     )
+
+
+def _fraction(name: str, given, default, stop: int | None) -> schedules.AbstractDropFraction:
+  """A number in the paper's schedule, or the schedule that was given."""
+  fraction = given if isinstance(given, schedules.AbstractDropFraction) else default(given)
+  if stop is None and not isinstance(fraction, schedules.ConstantFraction):
+    raise ValueError(
+      f"{name} needs stop= for drop_fraction={fraction!r}: without an end no share of the time has passed."
+    )
+  return fraction

@@ -9,5 +9,14 @@ from jaxsparse.nn._linen import SparseDense
 from jaxsparse.nn._linen import linen_variables
 from jaxsparse.nn._nnx import SparseParam
 from jaxsparse.nn._nnx import compress_linears
+from jaxsparse.nn._prune_dot_general import prune_dot_general
 
-__all__ = ["SparseDense", "SparseParam", "compress_linears", "linen_variables", "nm_dot_general", "promote_dtype"]
+__all__ = [
+  "SparseDense",
+  "SparseParam",
+  "compress_linears",
+  "linen_variables",
+  "nm_dot_general",
+  "promote_dtype",
+  "prune_dot_general",
+]

@@ -11,6 +11,7 @@ import functools
 import importlib
 
 import jax
+import numpy as np
 
 MINIMUM_JAX = (0, 11)
 WARPGROUP = 128  # threads that issue one wgmma together
@@ -23,7 +24,8 @@ _SWIZZLE_CODES = {128: 1, 64: 2, 32: 3}  # of a wgmma matrix descriptor, bits 62
 def unavailable() -> str | None:
   """Why Mosaic GPU kernels cannot be built with this JAX, as a sentence; None if they can."""
   if jax.__version_info__[:2] < MINIMUM_JAX:
-    return f"GPU kernels need jax >= {'.'.join(map(str, MINIMUM_JAX))} (and so Python >= 3.12), this is {jax.__version__}."
+    needed = ".".join(map(str, MINIMUM_JAX))
+    return f"GPU kernels need jax >= {needed} (and so Python >= 3.12), this is {jax.__version__}."
   try:
     importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     importlib.import_module("jax.experimental.mosaic.gpu.fragmented_array")
@@ -52,7 +54,8 @@ def sm_count() -> int:
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
     return abstract.num_cores or 132
-  return getattr(jax.devices()[0], "core_count", None) or 132
+  device = jax.devices()[0]
+  return device.core_count if device.platform == "gpu" else 132
 
 
 # -- Words of the device code (only inside inline_mgpu) ---------------------------------------------------------------
@@ -78,6 +81,11 @@ def thread_index():
 def shared_address(ref):
   """Byte address of a shared-memory ref inside the shared window, i32."""
   return llvm.ptrtoint(ir.IntegerType.get_signless(32), _utils.memref_ptr(ref))
+
+
+def global_address(ref):
+  """Byte address of a global-memory ref, i64."""
+  return llvm.ptrtoint(ir.IntegerType.get_signless(64), _utils.memref_ptr(ref))
 
 
 def inline_ptx(instruction: str, operands, constraints: str, result=None):
@@ -210,6 +218,33 @@ def warp_index():
   return _utils.warp_idx()
 
 
-def pointer(ref):
-  """LLVM pointer to the first element of a ref, in its address space."""
-  return _utils.memref_ptr(ref)
+def accumulator(values, shape):
+  """f32 values of this thread, in the order of a wgmma accumulator's registers, as an array `shape` of that layout."""
+  layout = _fragments.WGMMA_LAYOUT
+  pair = ir.VectorType.get((2,), ir.F32Type.get())
+  registers = []
+  for i in range(0, len(values), 2):
+    register = llvm.mlir_undef(pair)
+    for j in range(2):
+      register = llvm.insertelement(register, values[i + j], const32(j))
+    registers.append(register)
+  registers = np.array(registers, dtype=object).reshape(layout.registers_shape(shape))
+  return _fragments.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def store_global_f32x4(address, offset: int, values):
+  """Stores four f32 to device memory, 16 bytes."""
+  inline_ptx(f"st.global.v4.f32 [$0 + {offset}], {{$1, $2, $3, $4}};", [address, *values], "l,f,f,f,f")
+
+
+def load_global_f32x4(address, offset: int):
+  """Loads four f32 from device memory past the L1 cache, which may hold what was there before."""
+  f32 = ir.F32Type.get()
+  ptx = f"ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+  result = inline_ptx(ptx, [address], "=f,=f,=f,=f,l", llvm.StructType.get_literal([f32] * 4))
+  return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+
+
+def warpgroup_barrier():
+  """All threads of the warpgroup have come here."""
+  _utils.warpgroup_barrier()

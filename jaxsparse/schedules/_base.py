@@ -15,6 +15,9 @@ class AbstractMaskSchedule(abc.ABC):
 
   `count` is the number of updates seen before the current one: 0 in the first call of `tx.update`. Progress is 0 at
   the initial sparsity and exactly 1 at the last refresh, so the final sparsity is reached whatever `every` is.
+
+  Masks interpolate the number of removed units of a leaf between its first and last count, rounded down: exact at both
+  ends, and in between within one unit (and float32's rounding of the progress) of `floor(units * sparsity_t)`.
   """
 
   @abc.abstractmethod

@@ -9,6 +9,7 @@ from jaxsparse.scorers._at_init import Grasp
 from jaxsparse.scorers._at_init import Snip
 from jaxsparse.scorers._at_init import SynFlow
 from jaxsparse.scorers._at_init import mean_gradient
+from jaxsparse.scorers._base import AbstractElementwiseScorer
 from jaxsparse.scorers._base import AbstractScorer
 from jaxsparse.scorers._base import LeafInputs
 from jaxsparse.scorers._instant import GradientMagnitude
@@ -17,6 +18,7 @@ from jaxsparse.scorers._instant import Random
 from jaxsparse.scorers._instant import WeightTimesGradient
 
 __all__ = [
+  "AbstractElementwiseScorer",
   "AbstractModelScorer",
   "AbstractScorer",
   "AdamFisher",

@@ -9,7 +9,7 @@ from jaxsparse.scorers import _base
 
 
 @dataclasses.dataclass(frozen=True)
-class Momentum(_base.AbstractScorer):
+class Momentum(_base.AbstractElementwiseScorer):
   """|m| with m <- decay m + (1 - decay) g: the smoothed gradient, of removed weights too (SNFS)."""
 
   uses_gradient: ClassVar[bool] = True
@@ -24,12 +24,12 @@ class Momentum(_base.AbstractScorer):
   def accumulate(self, state, inputs):
     return self.decay * state + (1 - self.decay) * inputs.grad.astype(jnp.float32)
 
-  def score(self, state, inputs):
-    return jnp.abs(state)
+  def terms(self, state, inputs):
+    return jnp.abs, (state,)
 
 
 @dataclasses.dataclass(frozen=True)
-class Fisher(_base.AbstractScorer):
+class Fisher(_base.AbstractElementwiseScorer):
   """w^2 F / 2 with F <- decay F + (1 - decay) g^2: the loss that removing w costs, to second order.
 
   F is the diagonal of the empirical Fisher matrix, estimated from squared batch gradients.
@@ -47,12 +47,12 @@ class Fisher(_base.AbstractScorer):
   def accumulate(self, state, inputs):
     return self.decay * state + (1 - self.decay) * jnp.square(inputs.grad.astype(jnp.float32))
 
-  def score(self, state, inputs):
-    return jnp.square(inputs.param.astype(jnp.float32)) * state / 2
+  def terms(self, state, inputs):
+    return _cost_of_removal, (inputs.param, state)
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamFisher(_base.AbstractScorer):
+class AdamFisher(_base.AbstractElementwiseScorer):
   """w^2 nu / 2 with Adam's own second moment as the diagonal Fisher: no buffer beside the optimizer's.
 
   `tx.update` finds "nu" in the state of an Adam-type inner optimizer, or takes it as the keyword argument `nu=`.
@@ -60,12 +60,12 @@ class AdamFisher(_base.AbstractScorer):
 
   needs: ClassVar[tuple[str, ...]] = ("nu",)
 
-  def score(self, state, inputs):
-    return jnp.square(inputs.param.astype(jnp.float32)) * inputs.extra["nu"].astype(jnp.float32) / 2
+  def terms(self, state, inputs):
+    return _cost_of_removal, (inputs.param, inputs.extra["nu"])
 
 
 @dataclasses.dataclass(frozen=True)
-class Movement(_base.AbstractScorer):
+class Movement(_base.AbstractElementwiseScorer):
   """S <- S - w g: high for weights that training moves away from zero.
 
   References:
@@ -81,8 +81,12 @@ class Movement(_base.AbstractScorer):
   def accumulate(self, state, inputs):
     return state - inputs.param.astype(jnp.float32) * inputs.grad.astype(jnp.float32)
 
-  def score(self, state, inputs):
-    return state
+  def terms(self, state, inputs):
+    return lambda s: s, (state,)
+
+
+def _cost_of_removal(param, fisher):
+  return jnp.square(param.astype(jnp.float32)) * fisher.astype(jnp.float32) / 2
 
 
 def check_decay(scorer) -> None:

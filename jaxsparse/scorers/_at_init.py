@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,10 @@ LossFn = Callable[[Any, Any], jax.Array]
 @dataclasses.dataclass(frozen=True)
 class AbstractModelScorer(abc.ABC):
   """Scores all leaves together from a loss function and batches; runs in `Updater.instant_sparsify` only."""
+
+  objective: ClassVar[Literal["loss", "sum of outputs"]] = "loss"
+  """What `loss_fn` returns: the training loss on batches of data, or the sum of the model's outputs on an input of ones.
+  A training loop can choose by it what to pass, without knowing the method."""
 
   @property
   def rounds(self) -> int:
@@ -73,6 +77,7 @@ class SynFlow(AbstractModelScorer):
     https://arxiv.org/abs/2006.05467. No known differences.
   """
 
+  objective: ClassVar[str] = "sum of outputs"
   iterations: int = 100
 
   def __post_init__(self):

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
@@ -52,3 +53,20 @@ class AbstractScorer(abc.ABC):
   @abc.abstractmethod
   def score(self, state, inputs: LeafInputs) -> jax.Array:
     """Scores of the leaf's entries: its shape, any real dtype; NaN ranks lowest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractElementwiseScorer(AbstractScorer):
+  """A score that is computed entry by entry, and so need not be stored to be ranked: most are.
+
+  A search for a threshold reads the leaf a few times; evaluating the score in each of these passes costs nothing
+  beside the read, and saves a float32 copy of the leaf.
+  """
+
+  @abc.abstractmethod
+  def terms(self, state, inputs: LeafInputs) -> tuple[Callable[..., jax.Array], tuple[jax.Array, ...]]:
+    """(fn, arrays): `fn(*arrays)` are the scores, computed entry by entry from arrays of the leaf's shape."""
+
+  def score(self, state, inputs):
+    fn, arrays = self.terms(state, inputs)
+    return fn(*arrays)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -83,6 +84,11 @@ class AbstractStructure(abc.ABC):
   def layer_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one layer of a stacked leaf."""
     return tuple(shape[len(self.stack_axes) :])
+
+
+def sum_scores(scores: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """The sum over a unit's entries; integer scores add up in float32, where a large unit does not overflow."""
+  return scores.sum(axes, dtype=jnp.float32 if jnp.issubdtype(scores.dtype, jnp.integer) else None)
 
 
 def normalize_axis(axis: int, ndim: int) -> int:

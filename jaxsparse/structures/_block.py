@@ -51,7 +51,7 @@ class Block(_base.AbstractStructure):
     return tuple(range(len(self.stack_axes), len(shape)))
 
   def to_units(self, scores):
-    return scores.reshape(self._split(scores.shape)).sum(axis=(-3, -1))
+    return _base.sum_scores(scores.reshape(self._split(scores.shape)), (-3, -1))
 
   def from_units(self, units, shape):
     return jnp.broadcast_to(units[..., :, None, :, None], self._split(shape)).reshape(shape)

@@ -39,7 +39,7 @@ class Channel(_base.AbstractStructure):
     return (len(self.stack_axes),)
 
   def to_units(self, scores):
-    return scores.sum(axis=self._others(scores.shape))
+    return _base.sum_scores(scores, self._others(scores.shape))
 
   def from_units(self, units, shape):
     return jnp.broadcast_to(jnp.expand_dims(units, self._others(shape)), shape)

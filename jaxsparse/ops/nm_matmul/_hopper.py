@@ -1,10 +1,21 @@
 """y = act(x @ w + bias) on Hopper's sparse tensor cores, for weights packed as 2:4.
 
-The sparse operand of `wgmma.sp` is always its A, so a block computes tiles of y^T = w^T x^T: rows of the accumulator are
-outputs, columns are rows of x. The epilogue transposes on the way to shared memory (stmatrix .trans), so y leaves
+The sparse operand of `wgmma.sp` is always its A, so a block computes tiles of y^T = w^T x^T: rows of the accumulator
+are outputs, columns are rows of x. The epilogue transposes on the way to shared memory (stmatrix .trans), so y leaves
 row-major through the copy engine. One warpgroup loads, one to three multiply; blocks persist, and the loader runs into
 the next tile while the others finish this one. The copy engine fills what lies outside an array with zeros and drops
 what is stored outside, so B, O and K may be ragged.
+
+What bounds it. The sparse instruction multiplies at twice the dense rate: 64 outputs x n rows of x x 32 of the
+reduction take n / 2 clocks, and reading x's 64 n bytes from shared memory takes as many. Reading the stored values, and
+the copy engine's writes of everything, come on top, so bytes through shared memory (128 a clock) decide, and tiles are
+chosen for few of them (`tuning`). On an H100 the 256 x 200 tile needs 0.66 us for 64 of the reduction: its 161 KiB at
+1.98 GHz. That is 1.3 PFLOP/s dense-equivalent, 1.6-1.65 times cuBLAS. More wgmma in flight would gain nothing; what is
+left at smaller shapes is the last, part-filled wave of tiles. With few rows of x the kernel streams w from device
+memory at 2.6-3.0 TB/s. `measured/` has the figures.
+
+Both orders of w's values work; outputs-contiguous (wgmma reads A transposed) was 2-3 % faster at 8192^3 and 4096^3.
+Metadata in its natural order was within 1 % of words arranged for the threads: a transposed ldmatrix hands them out.
 """
 
 import dataclasses
@@ -15,7 +26,9 @@ from jax import lax
 
 from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.nm_matmul import _hopper_device as device
 from jaxsparse.ops.nm_matmul import tuning as tunings
+from jaxsparse.ops.nm_matmul._hopper_device import INSTRUCTION_ROWS, ROW
 from jaxsparse.ops.nm_matmul._hopper_layout import ALIGNMENT, CHUNK, SparseTensorCoreLayout
 
 ACTIVATIONS = {
@@ -26,9 +39,6 @@ ACTIVATIONS = {
 }
 _IN_DTYPES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
 _OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
-_INSTRUCTION_ROWS = 64  # outputs that one wgmma covers
-_INSTRUCTION_K = 32  # reduction that one sparse wgmma covers; it reads 16 stored entries
-_ROW = 64  # 16-bit entries in a 128-byte row of shared memory
 _LOADER_REGISTERS = 40
 # Registers of a multiplying thread, by the number of multiplying warpgroups: what is left of 64 Ki beside the loader's.
 _COMPUTE_REGISTERS = {1: 240, 2: 232, 3: 152}
@@ -78,11 +88,11 @@ def nm_matmul_sparse_core(
     tuning = tunings.best_tuning(batch, reduction, outputs)
   if reduction % 8:  # rows of x must start at multiples of 16 bytes
     x = jnp.pad(x, ((0, 0), (0, -reduction % 8)))
-  if tuning.split_k == 1:
+  if tuning.split_k == 1 or _parts_meet(tuning, layout, batch, interpret):
     fused_bias = None if bias is None else _pad_bias(bias, tuning.tile_m)
     run = _build(tuning, layout, x, fused_bias, activation, out_dtype, interpret)
     y = run(x, layout.values, layout.metadata, *([] if fused_bias is None else [fused_bias]))
-    return y if y.shape[1] == outputs else y[:, :outputs]
+    return y[:, :outputs]
   run = _build(tuning, layout, x, None, None, jnp.dtype(jnp.float32), interpret)
   y = run(x, layout.values, layout.metadata).sum(0)[:, :outputs]  # parts in a fixed order: the same bits every time
   if bias is not None:
@@ -126,31 +136,34 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
 
   warpgroups = t.compute_warpgroups
   wg_rows = t.tile_m // warpgroups
-  wg_blocks = wg_rows // _INSTRUCTION_ROWS
+  wg_blocks = wg_rows // INSTRUCTION_ROWS
   m_tiles, n_tiles = pl.cdiv(layout.outputs, t.tile_m), pl.cdiv(batch, t.tile_n)
   k_steps = pl.cdiv(pl.cdiv(reduction, t.tile_k), t.split_k)  # of one part
   work = m_tiles * n_tiles * t.split_k
   blocks = min(work, mg.sm_count() if interpret is None else 2)
+  meet = _parts_meet(t, layout, batch, interpret)
+  ranges = _column_ranges(t) if meet else [(0, t.tile_n)]
 
   # In shared memory, x is tile_k / 64 stacks of 128-byte rows; the copy engine can then clip a ragged B.
-  x_copies = t.tile_k // _ROW
+  x_copies = t.tile_k // ROW
   # y leaves in slices of 64 outputs x at most epilogue_n rows, staged as rows of 128 bytes (two groups of them in f32).
   out_row = mg.SWIZZLE_BYTES // out_dtype.itemsize
-  out_rows = _INSTRUCTION_ROWS // out_row
+  out_rows = INSTRUCTION_ROWS // out_row
   out_shape = (warpgroups, t.epilogue_slots, out_rows, t.epilogue_n, out_row)
-  chunks = [(start, min(t.epilogue_n, t.tile_n - start)) for start in range(0, t.tile_n, t.epilogue_n)]
   a_shape = (t.tile_m, t.tile_k // 2) if k_major else (t.tile_k // 2, t.tile_m)
   a_transforms = _a_transforms(t, k_major)
   row_transforms = (plgpu.SwizzleTransform(mg.SWIZZLE_BYTES),)
   metadata_transforms = (plgpu.TilingTransform((ALIGNMENT // CHUNK, CHUNK)),)
   WGMMA = plgpu.Layout.WGMMA
 
-  def kernel(x_gmem, a_gmem, metadata_gmem, *rest, x_smem, a_smem, metadata_smem, out_smem, full, empty, dense_smem=None):
-    *bias_gmem, out_gmem = rest
+  def kernel(
+    x_gmem, a_gmem, metadata_gmem, *more, x_smem, a_smem, metadata_smem, out_smem, full, empty, dense_smem=None
+  ):
+    *bias_gmem, out_gmem = more[:-1] if meet else more
     warpgroup = lax.axis_index("warpgroup")
 
     def position(info):
-      part, tile = lax.div(info.index[0], m_tiles * n_tiles), lax.rem(info.index[0], m_tiles * n_tiles)
+      tile, part = lax.div(info.index[0], jnp.int32(t.split_k)), lax.rem(info.index[0], jnp.int32(t.split_k))
       m, n = plgpu.planar_snake(tile, (m_tiles, n_tiles), t.grid_minor, t.grid_width)
       return part, m * t.tile_m, n * t.tile_n
 
@@ -168,7 +181,7 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
           stored = pl.ds(lax.div(k_start, jnp.int32(2)), t.tile_k // 2)
           plgpu.barrier_wait(empty.at[slot])
           for i in range(x_copies):
-            source = x_gmem.at[pl.ds(n, t.tile_n), pl.ds(k_start + i * _ROW, _ROW)]
+            source = x_gmem.at[pl.ds(n, t.tile_n), pl.ds(k_start + i * ROW, ROW)]
             plgpu.copy_gmem_to_smem(source, x_smem.at[slot, i], full.at[slot])
           outputs = pl.ds(m, t.tile_m)
           plgpu.copy_gmem_to_smem(
@@ -204,41 +217,77 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
 
         zeros = plgpu.layout_cast(jnp.zeros((wg_rows, t.tile_n), jnp.float32), WGMMA)
         accumulator = lax.fori_loop(0, k_steps, step, zeros)
-        first_row = m + warpgroup * wg_rows
-        target = out_gmem.at[part] if t.split_k > 1 else out_gmem
-        for block in range(wg_blocks):
-          row = first_row + block * _INSTRUCTION_ROWS
-          rows = slice(block * _INSTRUCTION_ROWS, (block + 1) * _INSTRUCTION_ROWS)
-          if bias_gmem:
-            bias_rows = plgpu.load(
-              bias_gmem[0].at[pl.ds(row, _INSTRUCTION_ROWS)], layout=WGMMA.reduce(1), optimized=False
-            )
-          for chunk, (start, size) in enumerate(chunks):
-            y = accumulator[rows, start : start + size]
-            if bias_gmem:
-              y += lax.broadcast_in_dim(bias_rows, y.shape, [0])
-            y = ACTIVATIONS[activation](y).astype(out_dtype)
-            # Slots go round over all tiles, so that the oldest store in flight is always the one of this slot.
-            count = block * len(chunks) + chunk
-            if wg_blocks * len(chunks) % t.epilogue_slots:
-              count += info.local_index * (wg_blocks * len(chunks))
-            slot = count % t.epilogue_slots
-            staged = out_smem.at[warpgroup, slot, :, pl.ds(0, size)]
-            plgpu.wait_smem_to_gmem(t.epilogue_slots - 1, wait_read_only=True)
-            if interpret is None:
-              store_transposed(y, staged)
-            else:
-              for i in range(out_rows):
-                staged[i] = y[i * out_row : (i + 1) * out_row].T
-            plgpu.commit_smem()
-            for i in range(out_rows):
-              plgpu.copy_smem_to_gmem(
-                staged.at[i],
-                target.at[pl.ds(n + start, size), pl.ds(row + i * out_row, out_row)],
-                commit_group=i == out_rows - 1,
-              )
+        if meet:
+          exchange(accumulator, info, part, lambda total, start: store(total, info, out_gmem, m, n + start))
+        else:
+          store(accumulator, info, out_gmem.at[part] if t.split_k > 1 else out_gmem, m, n)
 
       plgpu.wait_smem_to_gmem(0)
+
+    def store(accumulator, info, target, m, n):
+      """Epilogue: sums `[wg_rows, columns]` -> y[n : n + columns, this warpgroup's outputs]."""
+      columns = accumulator.shape[1]
+      chunks = [(start, min(t.epilogue_n, columns - start)) for start in range(0, columns, t.epilogue_n)]
+      for block in range(wg_blocks):
+        row = m + warpgroup * wg_rows + block * INSTRUCTION_ROWS
+        rows = slice(block * INSTRUCTION_ROWS, (block + 1) * INSTRUCTION_ROWS)
+        if bias_gmem:
+          bias_rows = plgpu.load(bias_gmem[0].at[pl.ds(row, INSTRUCTION_ROWS)], layout=WGMMA.reduce(1), optimized=False)
+        for chunk, (start, size) in enumerate(chunks):
+          y = accumulator[rows, start : start + size]
+          if bias_gmem:
+            y += lax.broadcast_in_dim(bias_rows, y.shape, [0])
+          y = ACTIVATIONS[activation](y).astype(out_dtype)
+          # Slots go round over all tiles, so that the oldest store in flight is always the one of this slot.
+          count = block * len(chunks) + chunk
+          if wg_blocks * len(chunks) % t.epilogue_slots:
+            count += info.local_index * (wg_blocks * len(chunks))
+          slot = count % t.epilogue_slots
+          staged = out_smem.at[warpgroup, slot, :, pl.ds(0, size)]
+          plgpu.wait_smem_to_gmem(t.epilogue_slots - 1, wait_read_only=True)
+          if interpret is None:
+            store_transposed(y, staged)
+          else:
+            for i in range(out_rows):
+              staged[i] = y[i * out_row : (i + 1) * out_row].T
+          plgpu.commit_smem()
+          for i in range(out_rows):
+            plgpu.copy_smem_to_gmem(
+              staged.at[i],
+              target.at[pl.ds(n + start, size), pl.ds(row + i * out_row, out_row)],
+              commit_group=i == out_rows - 1,
+            )
+
+    def exchange(accumulator, info, part, finish):
+      """The blocks that hold the parts of a tile meet: block p adds up, and finishes, columns `ranges[p]`.
+
+      All blocks run at once (`_parts_meet`), so that waiting ends. Parts are added in a fixed order.
+      """
+      sums_gmem = more[-1]
+      tile = info.index[0] - part
+      arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((work * warpgroups,)))
+      for p, (start, size) in enumerate(ranges):
+
+        @pl.when(part != p)
+        def _send(p=p, start=start, size=size):
+          mailbox = sums_gmem.at[info.index[0], warpgroup, p, pl.ds(0, wg_rows * size)]
+          device.send_sums((wg_rows, size))(accumulator[:, start : start + size], mailbox)
+          plgpu.semaphore_signal(arrived.at[(tile + p) * warpgroups + warpgroup], memory_scope="gpu")
+
+      for p, (start, size) in enumerate(ranges):
+
+        @pl.when(part == p)
+        def _receive(p=p, start=start, size=size):
+          plgpu.semaphore_wait(arrived.at[(tile + p) * warpgroups + warpgroup], t.split_k - 1, memory_scope="gpu")
+          total = None
+          for q in range(t.split_k):
+            if q == p:
+              sums = accumulator[:, start : start + size]
+            else:
+              mailbox = sums_gmem.at[tile + q, warpgroup, p, pl.ds(0, wg_rows * size)]
+              sums = device.receive_sums((wg_rows, size))(mailbox)
+            total = sums if total is None else total + sums
+          finish(total, start)
 
     def dense_step(a_own, x_tile, metadata_tile):
       """The interpreter knows no sparse MMA: unpack this warpgroup's rows, then an ordinary wgmma."""
@@ -250,15 +299,15 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
       for i in range(x_copies):
 
         def multiply(accumulator, i=i):
-          columns = pl.ds(i * _ROW, _ROW)
+          columns = pl.ds(i * ROW, ROW)
           plgpu.wgmma(accumulator, dense_smem.at[warpgroup, :, columns], x_tile.at[i].transpose((1, 0)))
           return accumulator[...]
 
         total += pl.run_scoped(multiply, plgpu.ACC((wg_rows, t.tile_n), jnp.float32))
       return total
 
-    sparse_step = _sparse_step(t, in_name, k_major, a_transforms, row_transforms, metadata_transforms)
-    store_transposed = _store_transposed(t.epilogue_n, out_dtype, row_transforms)
+    sparse_step = device.sparse_step(t, in_name, k_major, a_transforms, row_transforms, metadata_transforms)
+    store_transposed = device.store_transposed(t.epilogue_n, out_dtype, row_transforms)
 
     if interpret is None and warpgroups > 1:  # one multiplying warpgroup has all it wants without asking
 
@@ -276,7 +325,7 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
       pl.when(warpgroup < warpgroups)(multiply_tiles)
 
   scratch = dict(
-    x_smem=plgpu.SMEM((t.stages, x_copies, t.tile_n, _ROW), x.dtype, transforms=row_transforms),
+    x_smem=plgpu.SMEM((t.stages, x_copies, t.tile_n, ROW), x.dtype, transforms=row_transforms),
     a_smem=plgpu.SMEM((t.stages, *a_shape), x.dtype, transforms=a_transforms),
     metadata_smem=plgpu.SMEM((t.stages, t.tile_k // CHUNK, t.tile_m), jnp.uint16, transforms=metadata_transforms),
     out_smem=plgpu.SMEM(out_shape, out_dtype, transforms=row_transforms),
@@ -285,10 +334,13 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
   )
   if interpret is not None:
     scratch["dense_smem"] = plgpu.SMEM((warpgroups, wg_rows, t.tile_k), x.dtype)
-  parts = (t.split_k,) if t.split_k > 1 else ()
-  return plgpu.kernel(
+  parts = (t.split_k,) if t.split_k > 1 and not meet else ()
+  y = jax.ShapeDtypeStruct((*parts, batch, out_columns), out_dtype)
+  largest = wg_rows * max(size for _, size in ranges)
+  sums = jax.ShapeDtypeStruct((work, warpgroups, t.split_k, largest), jnp.float32)
+  run = plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct((*parts, batch, out_columns), out_dtype),
+    out_type=(y, sums) if meet else y,
     grid=(blocks,),
     grid_names=("block",),
     num_threads=warpgroups + 1,
@@ -298,13 +350,26 @@ def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
     interpret=interpret,
     kernel_name="nm_matmul_sparse_core",
   )
+  return (lambda *args: run(*args)[0]) if meet else run
+
+
+def _parts_meet(t, layout, batch, interpret) -> bool:
+  """Whether the parts of a split reduction are added inside the kernel: all of its blocks must run at once."""
+  work = -(-layout.outputs // t.tile_m) * -(-batch // t.tile_n) * t.split_k
+  return t.split_k > 1 and t.tile_n >= 8 * t.split_k and interpret is None and work <= mg.sm_count()
+
+
+def _column_ranges(t):
+  """(start, size) of the columns of a tile that each of its parts finishes: multiples of 8, as equal as can be."""
+  bounds = [t.tile_n // 8 * p // t.split_k * 8 for p in range(t.split_k + 1)]
+  return [(start, stop - start) for start, stop in zip(bounds, bounds[1:])]
 
 
 def _a_transforms(t, k_major):
   plgpu = mg.plgpu
   if k_major:  # rows of tile_k / 2 stored entries
     return (plgpu.SwizzleTransform(t.tile_k),)
-  return (plgpu.TilingTransform((8, _ROW)), plgpu.SwizzleTransform(mg.SWIZZLE_BYTES))
+  return (plgpu.TilingTransform((8, ROW)), plgpu.SwizzleTransform(mg.SWIZZLE_BYTES))
 
 
 def _decompress_rows(values, words):
@@ -316,125 +381,3 @@ def _decompress_rows(values, words):
   slots = positions[..., None] == jnp.arange(4, dtype=jnp.uint16)
   spread = jnp.where(slots, values.reshape(rows, stored // 2, 2, 1), jnp.zeros((), values.dtype))
   return spread.sum(2, dtype=values.dtype).reshape(rows, 2 * stored)
-
-
-def _sparse_step(t, in_name, k_major, a_transforms, x_transforms, metadata_transforms):
-  """The product of one pipeline step: accumulator += a @ x^T, with A 2:4 and its positions in `metadata`."""
-  plgpu = mg.plgpu
-  wg_rows = t.tile_m // t.compute_warpgroups
-  wg_blocks = wg_rows // _INSTRUCTION_ROWS
-  stored_bytes = t.tile_k  # of one row of stored entries: tile_k / 2 entries of two bytes
-  if k_major:
-    a_block, a_instruction = _INSTRUCTION_ROWS * stored_bytes, _INSTRUCTION_K
-    a_descriptor = dict(leading=0, stride=8 * stored_bytes, swizzle=stored_bytes)
-  else:  # atoms of 8 stored rows x 64 outputs, outputs first
-    a_block = mg.ATOM_BYTES
-    a_stride = t.tile_m // _ROW * a_block
-    a_instruction = _INSTRUCTION_K // 2 // 8 * a_stride
-    a_descriptor = dict(leading=a_block, stride=a_stride, swizzle=mg.SWIZZLE_BYTES)
-  x_block = t.tile_n * mg.SWIZZLE_BYTES
-
-  def step(_, accumulator, a_ref, x_ref, metadata_ref):
-    words = _load_metadata(metadata_ref, t.tile_m, wg_blocks, t.tile_k // 64)
-    a_base = mg.matrix_descriptor(a_ref, **a_descriptor)
-    x_base = mg.matrix_descriptor(x_ref, leading=0, stride=8 * mg.SWIZZLE_BYTES, swizzle=mg.SWIZZLE_BYTES)
-    accumulator, registers = mg.accumulator_registers(accumulator)
-    for block in range(wg_blocks):
-      for k in range(t.tile_k // _INSTRUCTION_K):
-        registers[block] = mg.sparse_wgmma(
-          list(registers[block]),
-          mg.add64(a_base, mg.descriptor_offset(block * a_block + k * a_instruction)),
-          mg.add64(x_base, mg.descriptor_offset(k // 2 * x_block + k % 2 * 2 * _INSTRUCTION_K)),
-          words[block][k // 2],
-          selector=k % 2,
-          columns=t.tile_n,
-          dtype=in_name,
-          a_transposed=not k_major,
-        )
-    return mg.finish_wgmma(accumulator, registers)
-
-  WGMMA = plgpu.Layout.WGMMA
-  return plgpu.inline_mgpu(
-    arg_types=(WGMMA, plgpu.RefType(a_transforms), plgpu.RefType(x_transforms), plgpu.RefType(metadata_transforms)),
-    return_type=plgpu.ShapeDtypeStruct((wg_rows, t.tile_n), jnp.float32, layout=WGMMA),
-  )(step)
-
-
-def _load_metadata(ref, tile_m, blocks, k_blocks):
-  """The positions of this thread, one word for each 64 rows and 64 of the reduction: `words[block][k_block]`.
-
-  Lane 4 g + c of a warp holds the positions of reduction chunk c (16 wide): row g of the warp's 16 in the low half, row
-  g + 8 in the high half. In shared memory the 4 chunks x 16 rows of a warp are one line of 128 bytes, that is an 8 x 8
-  matrix whose row 2 c + h holds rows 8 h ... 8 h + 7 of chunk c: exactly what a transposed ldmatrix hands out.
-  """
-  strip_bytes = ALIGNMENT // CHUNK * CHUNK * 2
-  lane = mg.arith.andi(mg.thread_index(), mg.const32(31))
-  warp = mg.arith.shrui(mg.thread_index(), mg.const32(5))
-  # Warps of a warpgroup own neighbouring strips of 16 rows; warpgroup w starts at strip w * 4 * blocks.
-  warpgroup, warp = mg.arith.shrui(warp, mg.const32(2)), mg.arith.andi(warp, mg.const32(3))
-  strip = mg.arith.addi(mg.arith.muli(warpgroup, mg.const32(4 * blocks)), warp)
-  row = mg.arith.muli(mg.arith.andi(lane, mg.const32(7)), mg.const32(16))
-  # Lanes 8 i ... 8 i + 7 address matrix i; matrices run over blocks first, then over the reduction.
-  matrix = mg.arith.shrui(lane, mg.const32(3))
-  block_of = mg.arith.remui(matrix, mg.const32(blocks))
-  k_of = mg.arith.divui(matrix, mg.const32(blocks))
-  strip = mg.arith.addi(strip, mg.arith.muli(block_of, mg.const32(4)))
-  strip = mg.arith.addi(strip, mg.arith.muli(k_of, mg.const32(tile_m // CHUNK)))
-  offset = mg.arith.addi(mg.arith.muli(strip, mg.const32(strip_bytes)), row)
-  count = blocks * k_blocks
-  words = mg.load_matrices_transposed(mg.arith.addi(mg.shared_address(ref), offset), count)
-  return [[words[k * blocks + block] for k in range(k_blocks)] for block in range(blocks)]
-
-
-def _store_transposed(group_rows, dtype, transforms):
-  """Stores a `[64, columns]` accumulator slice as `columns` swizzled rows of 128 bytes; in f32 as two groups of them.
-
-  Groups lie `group_rows` rows apart.
-  """
-  plgpu = mg.plgpu
-
-  def store(_, y, ref):
-    registers = y.registers.reshape(-1, 2)  # [8 columns, rows 0-7 or 8-15 of the warp's 16]
-    lane = mg.arith.andi(mg.thread_index(), mg.const32(31))
-    warp = mg.arith.andi(mg.arith.shrui(mg.thread_index(), mg.const32(5)), mg.const32(3))
-    base = mg.shared_address(ref)
-    if dtype.itemsize == 2:
-      _store_16bit(registers, base, warp, lane)
-    else:
-      _store_32bit(registers, base, warp, lane, group_rows)
-
-  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(transforms)))(store)
-
-
-def _store_16bit(registers, base, warp, lane):
-  # Lane 8 i + r addresses row r of matrix i; matrices alternate between the upper and the lower 8 outputs of the warp.
-  arith, const = mg.arith, mg.const32
-  row, matrix = arith.andi(lane, const(7)), arith.shrui(lane, const(3))
-  half, group = arith.andi(matrix, const(1)), arith.shrui(matrix, const(1))
-  chunk = arith.xori(arith.addi(arith.muli(warp, const(2)), half), row)
-  address = arith.addi(base, arith.muli(row, const(128)))
-  address = arith.addi(address, arith.muli(chunk, const(16)))
-  paired = arith.addi(address, arith.muli(group, const(mg.ATOM_BYTES)))
-  groups = registers.shape[0]
-  for i in range(0, groups - 1, 2):
-    words = [mg.as_i32(r) for r in registers[i : i + 2].flat]
-    mg.store_matrices_transposed(paired, i * mg.ATOM_BYTES, words)
-  if groups % 2:
-    mg.store_matrices_transposed(address, (groups - 1) * mg.ATOM_BYTES, [mg.as_i32(r) for r in registers[-1]])
-
-
-def _store_32bit(registers, base, warp, lane, group_rows):
-  # Lane 4 g + c holds columns 2 c and 2 c + 1 of rows g and g + 8: banks of one store are all different.
-  arith, const = mg.arith, mg.const32
-  g, c = arith.shrui(lane, const(2)), arith.andi(lane, const(3))
-  box = arith.muli(arith.shrui(warp, const(1)), const(group_rows * 128))  # 32 outputs to a row of 128 bytes
-  for half in range(2):
-    output = arith.addi(arith.muli(arith.andi(warp, const(1)), const(16)), arith.addi(g, const(8 * half)))
-    for entry in range(2):
-      row = arith.addi(arith.muli(c, const(2)), const(entry))
-      chunk = arith.xori(arith.shrui(output, const(2)), row)
-      address = arith.addi(arith.addi(base, box), arith.muli(row, const(128)))
-      address = arith.addi(address, arith.muli(chunk, const(16)))
-      address = arith.addi(address, arith.muli(arith.andi(output, const(3)), const(4)))
-      for i in range(registers.shape[0]):
-        mg.store_f32(address, i * mg.ATOM_BYTES, mg.extract(registers[i, half], entry))

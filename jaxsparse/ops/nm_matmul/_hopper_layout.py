@@ -138,7 +138,8 @@ def _to_quads(values, indices, n, m):
     alone = here[:, :, 1] & ~here[:, :, 0]
     value, at = jnp.where(alone, values[:, None, 1], value), jnp.where(alone, position[:, None, 1], at)
     both = count == 2
-    last_value, last_at = jnp.where(both, values[:, None, 1], free), jnp.where(both, position[:, None, 1], jnp.uint16(3))
+    last_value = jnp.where(both, values[:, None, 1], free)
+    last_at = jnp.where(both, position[:, None, 1], jnp.uint16(3))
   # One kept entry at position 3 leaves position 0 free, before it.
   swap = (count == 1) & (at == 3)
   first = jnp.where(swap, free, value), jnp.where(swap, jnp.uint16(0), at)

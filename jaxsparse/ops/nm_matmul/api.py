@@ -146,7 +146,7 @@ def pack(w: _nm_array.NMArray, layout: str = "auto", *, batch: int | None = None
     layout = preference.layout(w, batch)
   if layout not in LAYOUTS:
     raise ValueError(f"layout={layout!r} is unknown; allowed are 'auto', {', '.join(map(repr, LAYOUTS))}.")
-  return _pack_as(layout, w)
+  return _packed(layout, w)
 
 
 def unpack(w: Any) -> _nm_array.NMArray:
@@ -180,6 +180,9 @@ def _pack_as(layout: str, w: _nm_array.NMArray) -> Any:
   from jaxsparse.ops.nm_matmul import _decode_layout
 
   return _decode_layout.pack_decode(w.values, w.indices, w.n, w.m, w.scales, shape=w.shape)
+
+
+_packed = jax.jit(_pack_as, static_argnums=0)
 
 
 def _kernel(name: str) -> tuple[Any, Any]:
@@ -250,7 +253,8 @@ def _run(x, w, bias, implementation, strict, activation, dtype):
     forward = _run_kernel(implementation, strict)
   else:
     forward = _run_plain(implementation)
-  y = vjp.matmul(vjp.Call(forward, _dense, _spread, activation, dtype), x.reshape(-1, x.shape[-1]), w, bias)
+  call = vjp.Call(forward, _dense, _spread, activation, dtype)
+  y = vjp.matmul(call, *vjp.vary_together(x.reshape(-1, x.shape[-1]), w, bias))
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -286,7 +290,8 @@ def _run_kernel(name: str, strict: bool):
   def run(x, w, bias, activation, dtype):
     def on_gpu(x, w, bias):
       w = w if _packed_as(w) else _pack_as(name, w)
-      return _kernel(name)[1](x, w, bias=bias, activation=activation, out_dtype=dtype)
+      y = _kernel(name)[1](x, w, bias=bias, activation=activation, out_dtype=dtype)
+      return vjp.vary_together(y, x)[0]  # Pallas does not know over which mesh axes a result varies.
 
     def elsewhere(x, w, bias):
       return _xla(x, w, bias, activation, dtype)

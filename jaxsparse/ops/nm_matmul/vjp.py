@@ -52,6 +52,19 @@ def matmul(call: Call, x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Arra
   return call.forward(x, w, bias, call.activation, call.out_dtype)
 
 
+def vary_together(*operands: Any) -> Any:
+  """Operands that, inside `jax.shard_map`, all vary over the same mesh axes; elsewhere they pass.
+
+  A custom derivative must give a cotangent of the operand's own type: where x is replicated and w is split along O, `dx` is a
+  sum over the devices. After this, JAX knows of the sum and takes it.
+  """
+  varying = lambda a: getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", frozenset())
+  axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves(operands)))
+  missing = lambda leaf: tuple(sorted(axes - varying(leaf)))
+  cast = lambda leaf: jax.lax.pcast(leaf, missing(leaf), to="varying") if missing(leaf) else leaf
+  return jax.tree.map(cast, operands)
+
+
 def _forward(call, x, w, bias):
   if call.activation is None:
     return matmul(call, x, w, bias), (x, w, bias, None)
