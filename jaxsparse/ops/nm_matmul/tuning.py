@@ -12,9 +12,6 @@ import math
 SHARED_BYTES = 227 * 1024  # of one block on Hopper
 _BARRIER_BYTES = 1024
 _SMS = 132
-# Sparse won from this many weights on, whatever the batch; smaller ones were not measured.
-_SMALL_WEIGHT = 1 << 20
-_SMALL_SIDE = 256
 _LAUNCH_NS = 2000
 _MEETING_NS = 6000  # parts of a tile exchange their sums through the L2 cache
 _MOST_PARTS = 4
@@ -82,16 +79,9 @@ class Tuning:
     return self.stages * step + out + _BARRIER_BYTES
 
 
-def choose_tuning(batch: int, reduction: int, outputs: int) -> Tuning | None:
-  """The tiles expected to be fastest for `x [batch, reduction] @ w [reduction, outputs]`; None where dense wins."""
-  if reduction * outputs < _SMALL_WEIGHT or min(reduction, outputs) < _SMALL_SIDE:
-    return None
-  return best_tuning(batch, reduction, outputs)
-
-
 @functools.cache
-def best_tuning(batch: int, reduction: int, outputs: int) -> Tuning:
-  """As `choose_tuning`, also where dense wins."""
+def choose_tuning(batch: int, reduction: int, outputs: int) -> Tuning:
+  """The tiles expected to be fastest for `x [batch, reduction] @ w [reduction, outputs]`, also where dense wins."""
   if batch <= _DECODE_BATCH:
     return _decode_tuning(batch, outputs)
   best = min(_candidates(batch, outputs), key=lambda t: _estimate(t, batch, reduction, outputs))
