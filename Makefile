@@ -16,7 +16,8 @@ VERSION := $(if $(PY),$(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_
 VENV := .venv-$(VERSION)$(if $(JAX),-jax$(JAX))
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
-PIN := $(if $(JAX),"jax==$(JAX)" "jaxlib==$(JAX)")
+# What must have JAX's version, if it is installed at all.
+PINNED := $(if $(JAX),$(addsuffix ==$(JAX),jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt))
 
 .PHONY: quickstart test test-laws lint clean
 
@@ -45,5 +46,6 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed-%: setup.py | $(VENV)/bin/python
 	@echo "Installing jaxsparse[$*] into $(VENV) (a minute or so, the first time) ..."
-	@$(INSTALL) -e ".[$*]" $(PIN)
+	@printf '%s\n' $(PINNED) >$(VENV)/constraints.txt
+	@$(INSTALL) -e ".[$*]" --constraint $(VENV)/constraints.txt
 	@touch $@

@@ -22,8 +22,20 @@ EXTRAS = {
     "tqdm>=4.66",
   ],
 }
+# Compile GPU kernels to machine code on a machine without a GPU; of the same version as jax, which `make` sees to.
+EXTRAS["gpu-compile"] = [
+  f"{name}; python_version >= '3.12' and sys_platform == 'linux'"
+  for name in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt")
+]
 EXTRAS["colabs"] = [*EXTRAS["experiments"], "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
-EXTRAS["test"] = [*EXTRAS["colabs"], *EXTRAS["safetensors"], "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6"]
+EXTRAS["test"] = [
+  *EXTRAS["colabs"],
+  *EXTRAS["gpu-compile"],
+  *EXTRAS["safetensors"],
+  "hypothesis>=6.100",
+  "pytest>=8.2",
+  "pytest-xdist>=3.6",
+]
 
 setuptools.setup(
   name="jaxsparse",

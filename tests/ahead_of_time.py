@@ -1,7 +1,6 @@
 """Compiling for a GPU that is not here: XLA, Mosaic GPU and ptxas need a description of the device, not a device.
 
-`pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt` of the version of jax; no
-driver. Illegal PTX, too much shared memory or registers, and instructions that the architecture lacks really fail.
+The extra "gpu-compile" installs the compilers (the plugin must have jax's version); no driver. Illegal PTX, too much shared memory or registers, and instructions that the architecture lacks really fail.
 """
 
 import importlib.util
