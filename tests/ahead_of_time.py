@@ -1,6 +1,7 @@
 """Compiling for a GPU that is not here: XLA, Mosaic GPU and ptxas need a description of the device, not a device.
 
-The extra "gpu-compile" installs the compilers (the plugin must have jax's version); no driver. Illegal PTX, too much shared memory or registers, and instructions that the architecture lacks really fail.
+The extra "gpu-compile" installs the compilers (the plugin must have jax's version); no driver. Illegal PTX, too much
+shared memory or registers, and instructions that the architecture lacks really fail.
 """
 
 import importlib.util
