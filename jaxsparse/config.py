@@ -84,7 +84,7 @@ def _value(key: str, value: Any) -> Any:
     return value if isinstance(value, rules_lib.Rules) else rules_lib.Rules(*((p, _rule_value(v)) for p, v in value))
   if isinstance(value, str) and key != "on_mismatch":
     value = {"name": value}
-  return _make(key, value) if isinstance(value, Mapping) else value
+  return _argument(key, value)
 
 
 def _rule_value(value: Any) -> Any:
@@ -103,7 +103,14 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
     )
   cls = _CLASSES[name]
   _registry.check_arguments(name, inspect.signature(cls), arguments)
-  return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+  return cls(**{k: _argument(k, v) for k, v in arguments.items()})
+
+
+def _argument(key: str, value: Any) -> Any:
+  """Dictionaries -> objects and lists -> tuples, at any depth."""
+  if isinstance(value, Mapping):
+    return _make(key, value)
+  return tuple(_argument(key, v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:
