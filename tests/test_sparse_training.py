@@ -179,25 +179,58 @@ def test_srigl_stacked_layers_are_ranked_apart():
     np.testing.assert_array_equal(high[layer], alone[1])
 
 
-@pytest.mark.parametrize("every", [1, 4])
-def test_top_kast(every):
-  updater = js.top_kast(sparsity=0.8, explore=0.15, decay=0.02, every=every, stop=20)
+DENSE = {
+  "weights": (js.Unstructured(), {}, 0.8),
+  "nm": (js.NM(1, 4), {"kind": "nm", "m": 4}, None),
+  "blocks": (js.Block((4, 4)), {"kind": "block", "block": (4, 4)}, 0.75),
+  "fan in": (js.FixedFanIn(), {"kind": "fan_in"}, 0.75),
+}
+
+
+def units_and_keeps(options, sparsity):
+  units = units_for(options)
+  return units, {k: 1 if sparsity is None else ref.keep_count(u.shape[1], sparsity) for k, u in units.items()}
+
+
+@pytest.mark.parametrize("structure,every", [("weights", 1), ("weights", 4), ("nm", 1), ("blocks", 2), ("fan in", 1)])
+def test_top_kast(structure, every):
+  pattern, options, sparsity = DENSE[structure]
+  updater = js.top_kast(sparsity=sparsity, structure=pattern, explore=0.15, decay=0.02, every=every, stop=20)
   first, params, history = run(updater)
-  keep = {k: ref.keep_count(m.size, 0.8) for k, m in first.items()}
+  units, keep = units_and_keeps(options, sparsity)
   due = range(0, 20, every)
-  want = list(training.top_kast(params, batches(), LR, due=due, keep=keep, explore=0.15, decay=0.02))
-  compare(history, want, refreshes=2)
+  want = training.top_kast(params, batches(), LR, due=due, keep=keep, units=units, explore=0.15, decay=0.02)
+  compare(history, want, refreshes=1 if structure == "blocks" else 2)
   for k, mask in first.items():
-    np.testing.assert_array_equal(mask, ref.topk(np.abs(params[k]["kernel"]), keep[k]))
+    np.testing.assert_array_equal(mask, ref.topk_units(np.abs(params[k]["kernel"]), keep[k], units[k]))
   moved = np.asarray(history[0][1]["a"]["kernel"]) != np.asarray(laws.make_params()["a"]["kernel"])
-  assert moved.sum() == keep["a"] + int(0.15 * first["a"].size), "weights outside the larger set do not move"
+  assert moved.sum() == first["a"].sum() + int(0.15 * first["a"].size), "weights outside the larger set do not move"
 
 
-def test_movement():
+@pytest.mark.parametrize("structure", DENSE)
+def test_movement(structure):
+  pattern, options, sparsity = DENSE[structure]
   ramp = dict(every=3, start=2, stop=22)
-  _, params, history = run(js.movement(sparsity=0.85, **ramp))
-  want = training.movement(params, batches(), LR, sparsity=0.85, **ramp)
-  compare(history, want, refreshes=6)
+  _, params, history = run(js.movement(sparsity=sparsity, structure=pattern, **ramp))
+  units, keep = units_and_keeps(options, sparsity)
+  compare(history, training.movement(params, batches(), LR, keep=keep, units=units, **ramp), refreshes=3)
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+def test_granet_in_nm_groups(initial):
+  """A pattern with its own count ramps from m:m (or what `initial_sparsity` leaves) to n:m; every group follows."""
+  first, _, history = run(js.granet(structure=js.NM(1, 4), initial_sparsity=initial, ramp_stop=15, **SWAPS))
+  for k, mask in first.items():
+    units = ref.units_of(mask.shape, "nm", m=4)
+    kept = [ref.count_units(m, units) for m in (mask, *(masks[k]["kernel"] for masks, _ in history))]
+    assert all(len(set(counts)) == 1 for counts in kept)
+    counts = [c[0] for c in kept]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 4 - 4 * initial and counts[-1] == 1
+
+
+def test_a_surplus_needs_room_in_the_pattern():
+  with pytest.raises(ValueError, match=r"params\['a'\]\['kernel'\]: NM\(n=2, m=4\) keeps the count of every group"):
+    js.mest(structure=js.NM(2, 4), every=3, stop=24).wrap_optax(optax.sgd(0.1)).init(laws.make_params())
 
 
 def test_dsl():

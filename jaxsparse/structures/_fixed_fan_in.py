@@ -86,7 +86,9 @@ class FixedFanIn(_base.AbstractStructure):
     stay = count(mask, layer) - swaps
     survive = mask & selection.topk_mask(drop, stay, layer, where=mask)
     promising = ~survive & selection.topk_mask(grow, jnp.broadcast_to(swaps, stay.shape), layer, where=~survive)
-    active = count(survive | promising, axes) >= self.min_salient * keep.astype(jnp.float32)
+    # 0.3 * 10 may be a little above 3 in float32; the slack keeps whole products whole.
+    enough = self.min_salient * (1 - 1e-6) * keep.astype(jnp.float32)
+    active = count(survive | promising, axes).astype(jnp.float32) >= enough
     active |= ~jnp.any(active, outputs, keepdims=True)
     room = math.prod(mask.shape[a] for a in axes)
     fan_in = jnp.minimum(keep * math.prod(mask.shape[a] for a in outputs) // count(active, outputs), room)

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 from references import network
-from references.selection import global_topk, keep_count, topk
+from references.selection import global_topk, keep_count, topk, topk_units
 from references.training import apply_masks, cubic, descend
 
 
@@ -111,9 +111,9 @@ def srigl(params, masks, batches, lr, *, every, start, stop, fraction, fan_in, s
     yield masks, params
 
 
-def top_kast(params, batches, lr, *, due, keep, explore, decay):
-  """Forward with the `keep[k]` largest weights, gradients for `explore` of the leaf more."""
-  select = lambda ps: {k: topk(np.abs(p["kernel"]), keep[k]) for k, p in ps.items()}
+def top_kast(params, batches, lr, *, due, keep, units, explore, decay):
+  """Forward with the `keep[k]` largest units of every group, gradients for `explore` of the leaf's entries more."""
+  select = lambda ps: {k: topk_units(np.abs(p["kernel"]), keep[k], units[k]) for k, p in ps.items()}
   masks = select(params)
   for t, (x, y) in enumerate(batches):
     grads = network.gradients(apply_masks(params, masks), x, y)
@@ -132,7 +132,7 @@ def top_kast(params, batches, lr, *, due, keep, explore, decay):
     yield masks, params
 
 
-def movement(params, batches, lr, *, every, start, stop, sparsity):
+def movement(params, batches, lr, *, every, start, stop, keep, units):
   """Scores gather -w g of the masked forward pass; only kept weights move; removed ones may come back."""
   masks = {k: np.ones(p["kernel"].shape, bool) for k, p in params.items()}
   total = {k: np.zeros(m.shape) for k, m in masks.items()}
@@ -147,6 +147,6 @@ def movement(params, batches, lr, *, every, start, stop, sparsity):
       for k, p in params.items()
     }
     if t in range(start, stop, every):
-      removed = {k: cubic(t, every, start, stop, 0, m.size - keep_count(m.size, sparsity)) for k, m in masks.items()}
-      masks = {k: topk(total[k], masks[k].size - removed[k]) for k in masks}
+      counts = {k: u.shape[1] - cubic(t, every, start, stop, 0, u.shape[1] - keep[k]) for k, u in units.items()}
+      masks = {k: topk_units(total[k], counts[k], units[k]) for k in masks}
     yield masks, params
