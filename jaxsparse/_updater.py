@@ -227,7 +227,8 @@ class Updater:
       key: seed, or PRNG key, for random scores.
       loss_fn: `loss_fn(params, batch) -> scalar`, for scores that need gradients (saliency, Fisher, SNIP, ...).
       batches: batches for `loss_fn`.
-      masks: what may be kept, such as the masks of an earlier round; None for everything.
+      masks: what may be kept, such as the masks of an earlier round; None, or `optax.MaskedNode()` in the place of a leaf,
+        for everything.
 
     Returns:
       `(pruned params, masks)`; masks are bool, and `optax.MaskedNode()` where a leaf stays dense.
@@ -321,7 +322,8 @@ def _instant(updater, params, key, loss_fn, batches, given):
     allowed = [jnp.ones(leaf.plan.shape, bool) for leaf in sparse]
   else:
     nodes = _tree.match(leaves, given, "masks=")
-    allowed = [jnp.asarray(masks_lib.unpack(nodes[leaf.index])) for leaf in sparse]
+    whole = lambda leaf, node: jnp.ones(leaf.plan.shape, bool) if _tree.is_masked_node(node) else node
+    allowed = [jnp.asarray(masks_lib.unpack(whole(leaf, nodes[leaf.index]))) != 0 for leaf in sparse]
   masks = allowed
   if isinstance(updater.drop, scorers.AbstractModelScorer):
     rounds = updater.drop.rounds
