@@ -107,10 +107,10 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
 
 
 def _argument(key: str, value: Any) -> Any:
-  """Dictionaries -> objects and lists -> tuples, at any depth."""
-  if isinstance(value, Mapping):
-    return _make(key, value)
-  return tuple(_argument(key, v) for v in value) if isinstance(value, (list, tuple)) else value
+  """Dictionaries to axes, also inside others (a forward's decay) and in lists (a pattern schedule's frames)."""
+  if isinstance(value, (list, tuple)):
+    return tuple(_argument(key, v) for v in value)
+  return _make(key, value) if isinstance(value, Mapping) else value
 
 
 def _plain(value: Any) -> Any:
@@ -121,6 +121,6 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(v) for v in value)
   if dataclasses.is_dataclass(value):
     return {"name": type(value).__name__} | {
-      f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
+      f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
     }
   return value
