@@ -6,9 +6,9 @@ import ahead_of_time
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import mma_sp
 import numpy as np
 import pytest
-from references import mma_sp
 
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.nm_matmul import _decode

@@ -328,6 +328,11 @@ def test_dense_wins_and_says_so(gpu, monkeypatch):
   assert choice.rejected["hopper"] == "'xla' is preferred here."
 
 
+def test_small_weights_go_dense():
+  assert preference.dense_wins(512, 512) and preference.dense_wins(1 << 20, 8)
+  assert not preference.dense_wins(1024, 1024)
+
+
 def test_a_named_kernel_runs(gpu):
   """Named: it is called, folded over vmap, and its gradients come from the same derivative rule."""
   x, w = case(16, 6, 2, 4, (2, 3))

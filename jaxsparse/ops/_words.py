@@ -154,11 +154,6 @@ def when(condition, body):
     scf.yield_([])
 
 
-def global_address(ref):
-  """Address of a ref in device memory, i64."""
-  return llvm.ptrtoint(ir.IntegerType.get_signless(64), mg.pointer(ref))
-
-
 def offset64(base, offset, scale=1):
   """base + offset * scale, of an i64 and a Word."""
   i64 = ir.IntegerType.get_signless(64)

@@ -16,10 +16,12 @@ _MAX_BATCH = 64
 _SLICE = 32  # batch entries of one launch: more would not fit the registers
 _SMEM = 227 * 1024 - 1024
 _SMS = 132
+_CLUSTERED_SMS = 112  # that clusters of more than two surely fill
+_WORTH_A_CLUSTER = 16 << 20  # bytes of x through the L2 cache
 _STEP_BYTES = 2560  # a step of at most this, so that patterns with small chunks wait less often
-_RING_BYTES = 76 * 1024  # weights in flight in a block
+_RING_BYTES, _LARGE_RING_BYTES = 77_000, 112_000  # weights in flight in a block
 _PHASE_K = 1024  # K of x in shared memory at a time ...
-_WHOLE_X = 48 * 1024  # ... unless the whole of it has at most these bytes
+_WHOLE_X = 64 * 1024  # ... unless the whole of it has at most these bytes
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -208,28 +210,34 @@ def make_plan(batch, layout, dtype, bias=None, activation=None, out_dtype=None, 
 
 
 def default_tuning(batch, layout) -> Tuning:
-  """A tuning by counting thread blocks and bytes, for the 132 SMs of an H100.
+  """A tuning by counting thread blocks and bytes, for the 132 SMs of an H100 or H200.
 
-  One block per SM with 60 to 100 KB of weights in flight keeps the memory busy. Blocks split K only where outputs are too
-  few to go round (a cluster costs 1 to 2 us), or where x, which every block row reads, would be more bytes through the
-  L2 cache than the weights.
+  One block per SM with some 70 KB of weights in flight keeps the memory busy. Clusters that split K cost 1 to 2 us, so
+  they are for weights with too few outputs to go round, and for those so sparse that the x that every row of blocks reads
+  would be most of the traffic. Clusters of four do not fill the chip: some of its parts have no multiple of four SMs.
+
+  Raises:
+   ValueError: shared memory cannot hold any.
   """
   batch = min(batch, _SLICE)
   units, chunks = layout.data.shape[:2]
+  chunk, singles = layout.chunk, layout.m > 4 or layout.n == 1
   rows = next((r for r in (1, 2, 4) if -(-units // r) <= _SMS), 8)
-  split = 1
-  while 2 * split * -(-units // rows) <= _SMS and split < 8 and chunks >= 16 * split:
-    split *= 2
-  x_bytes = lambda rows: -(-units // rows) * chunks * layout.step * 2 * batch
-  while rows < 8 and split < 4 and 2 * rows <= units and x_bytes(rows) > 0.6 * layout.nbytes:
-    rows, split = 2 * rows, 2 * split
+  blocks = -(-units // rows)
+  split = next((s for s in (8, 4) if s * blocks <= _CLUSTERED_SMS), 2 if 2 * blocks <= _SMS else 1)
+  split = next(s for s in (8, 4, 2, 1) if s <= split and (s == 1 or chunks >= 8 * s))
+  x_bytes = blocks * chunks * layout.step * 2 * batch
+  if split == 1 and 1 < 2 * rows <= 8 and x_bytes > max(_WORTH_A_CLUSTER, 0.6 * layout.nbytes):
+    rows, split = 2 * rows, 2
   share = -(-chunks // split)
-  depth = {1: 8, 2: 4, 4: 2, 8: 1}[rows]
-  nbytes = layout.chunk.nbytes
-  size = next(c for c in (4, 2, 1) if c == 1 or c * nbytes <= _STEP_BYTES and not (chunks % c or share % c))
-  stages = max(2, min(8, _RING_BYTES // (rows * depth * size * nbytes)))
-  # Enough of x for several steps of every warp between two barriers, but little enough to start soon.
-  phase = _round_up(max(_PHASE_K // layout.step, 4 * depth * size), depth * size)
+  depth = 8 // rows
+  if batch <= 8 and singles and layout.bits == 16 and share * layout.step >= 64 * 48 * depth:
+    depth *= 2  # long runs: more warps hide the unpacking better
+  size = next(c for c in (4, 2, 1) if c == 1 or c * chunk.nbytes <= _STEP_BYTES and not (chunks % c or share % c))
+  ring = _RING_BYTES if batch > 8 or singles or layout.bits < 16 else _LARGE_RING_BYTES
+  stages = max(2, min(8, ring // (rows * depth * size * chunk.nbytes)))
+  # Small parts of x start soon and do not hold up the weights.
+  phase = _round_up(max(_PHASE_K // layout.step, depth * size * (2 if size == 4 else 1)), depth * size)
   if share * layout.step * batch * 2 <= _WHOLE_X:
     phase = 0
   while True:

@@ -16,7 +16,6 @@ from jaxsparse.ops._words import (
   float32,
   floats,
   fma,
-  global_address,
   loop,
   offset64,
   select,
@@ -82,7 +81,7 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   warp = Word(mg.warp_index())
   g, c = lane >> 2, lane & 3
   smem = Word(mg.shared_address(smem_ref))
-  x_base, data_base, y_base = global_address(x_ref), global_address(data_ref), global_address(y_ref)
+  x_base, data_base, y_base = mg.global_address(x_ref), mg.global_address(data_ref), mg.global_address(y_ref)
   (block,) = asm("mov.u32 $0, %ctaid.x;", "r", [], effects=False)
   if T.split > 1:
     (rank,) = asm("mov.u32 $0, %cluster_ctarank;", "r", [], effects=False)
@@ -386,7 +385,7 @@ def _store(plan, o, b, sums, bias_ref, y_base):
     )
 
   def bias(o, count):
-    base = global_address(bias_ref)
+    base = mg.global_address(bias_ref)
     size = {"float32": 4}.get(plan.bias_dtype, 2)
     found = []
     for i in range(count):

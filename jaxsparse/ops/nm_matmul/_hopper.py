@@ -85,7 +85,7 @@ def nm_matmul_sparse_core(
   outputs = layout.outputs
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
   if tuning is None:
-    tuning = tunings.best_tuning(batch, reduction, outputs)
+    tuning = tunings.choose_tuning(batch, reduction, outputs)
   if reduction % 8:  # rows of x must start at multiples of 16 bytes
     x = jnp.pad(x, ((0, 0), (0, -reduction % 8)))
   if tuning.split_k == 1 or _parts_meet(tuning, layout, batch, interpret):

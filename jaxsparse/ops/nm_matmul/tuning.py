@@ -12,12 +12,10 @@ import math
 SHARED_BYTES = 227 * 1024  # of one block on Hopper
 _BARRIER_BYTES = 1024
 _SMS = 132
-# A product below this many weights is launch and ramp-up: dense wins.
-_SMALL_WEIGHT = 1 << 21
-_SMALL_SIDE = 256
 _LAUNCH_NS = 2000
 _MEETING_NS = 6000  # parts of a tile exchange their sums through the L2 cache
 _MOST_PARTS = 4
+_NARROW_TILES_DRIFT = 1.15
 _SHORTEST_STEP_NS = 240  # a barrier, positions, a wgmma and its wait
 # Up to here x's tile is small and weights stream from device memory.
 _DECODE_BATCH = 64
@@ -81,31 +79,26 @@ class Tuning:
     return self.stages * step + out + _BARRIER_BYTES
 
 
-def choose_tuning(batch: int, reduction: int, outputs: int) -> Tuning | None:
-  """The tiles expected to be fastest for `x [batch, reduction] @ w [reduction, outputs]`; None where dense wins."""
-  if reduction * outputs < _SMALL_WEIGHT or min(reduction, outputs) < _SMALL_SIDE:
-    return None
-  return best_tuning(batch, reduction, outputs)
-
-
 @functools.cache
-def best_tuning(batch: int, reduction: int, outputs: int) -> Tuning:
-  """As `choose_tuning`, also where dense wins."""
+def choose_tuning(batch: int, reduction: int, outputs: int) -> Tuning:
+  """The tiles expected to be fastest for `x [batch, reduction] @ w [reduction, outputs]`, also where dense wins."""
   if batch <= _DECODE_BATCH:
     return _decode_tuning(batch, outputs)
   best = min(_candidates(batch, outputs), key=lambda t: _estimate(t, batch, reduction, outputs))
   # Wide stripes share more of x and w in the L2 cache; with few columns of tiles, narrow ones leave fewer rags.
-  return dataclasses.replace(best, grid_width=8 if math.ceil(batch / best.tile_n) >= 32 else 4)
+  wide = _waves(best, batch, outputs) == 1 or math.ceil(batch / best.tile_n) >= 32
+  return dataclasses.replace(best, grid_width=8 if wide else 4)
 
 
 def _decode_tuning(batch, outputs):
   """Few rows: weights are read once, so what counts is long rows of w in one request and enough blocks at work."""
   tile_n = next(n for n in (8, 16, 32, 64) if batch <= n)
-  if outputs >= 256 * 0.8 * _SMS and tile_n <= 32:
-    return Tuning(256, tile_n, 64, 4)
-  if outputs >= 128 * 0.8 * _SMS:
-    return Tuning(128, tile_n, 128, 4 if tile_n == 64 else 3)
-  return Tuning(64, tile_n, 128, 8 if tile_n <= 32 else 6, compute_warpgroups=1)
+  if outputs <= 64 * _SMS:
+    return Tuning(64, tile_n, 128, 8 if tile_n <= 32 else 6, compute_warpgroups=1)
+  if outputs <= 128 * _SMS or tile_n == 64:
+    few = outputs < 128 * 0.8 * _SMS  # the fewer blocks, the more each must have on its way
+    return Tuning(128, tile_n, 128, (8 if few else 3) if tile_n <= 16 else 4)
+  return Tuning(256, tile_n, 64, 4)
 
 
 def _candidates(batch, outputs):
@@ -121,6 +114,10 @@ def _tiles(t, batch, outputs):
   return math.ceil(batch / t.tile_n) * math.ceil(outputs / t.tile_m)
 
 
+def _waves(t, batch, outputs):
+  return math.ceil(_tiles(t, batch, outputs) * t.split_k / _SMS)
+
+
 def _largest_pipeline(tile_m, tile_n, warpgroups):
   # Small tiles spend their time waiting between steps: longer ones.
   tile_k = 128 if tile_m * tile_n <= 128 * 128 else 64
@@ -131,11 +128,13 @@ def _largest_pipeline(tile_m, tile_n, warpgroups):
 
 def _estimate(t: Tuning, batch, reduction, outputs) -> float:
   """Nanoseconds, within some per cent."""
-  waves = math.ceil(_tiles(t, batch, outputs) * t.split_k / _SMS)
+  waves = _waves(t, batch, outputs)
   steps = math.ceil(reduction / 64 / t.split_k)
   # Between tiles the tensor cores wait for the stores of y; least where a warpgroup has two blocks of rows to store.
   between = {256: 1500, 192: 3000}.get(t.tile_m, 4000)
   compute = waves * steps * _step_ns(t) + (waves - 1) * between
+  if waves > 2 and t.tile_m == 128:  # asks most of the L2 cache, and more than it has once waves drift apart
+    compute *= _NARROW_TILES_DRIFT
   memory = (reduction * outputs * 9 / 8 + 2 * batch * (reduction + outputs)) / 2.9e3
   return max(compute, memory) + _LAUNCH_NS + (_MEETING_NS if t.split_k > 1 else 0)
 
