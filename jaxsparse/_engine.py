@@ -172,8 +172,7 @@ def choose(updater, sparse, masks, progress, elapsed):
       _unit_scores(updater.grow, leaf, leaf.grow_state, leaf.inputs._replace(key=jax.random.fold_in(leaf.key, 1)))
       for leaf in sparse
     ]
-    fraction = updater.drop_fraction.value(elapsed)
-    units = [_drop_and_grow(leaf, *args, progress, fraction) for leaf, *args in zip(sparse, kept, drop, grow)]
+    units = _drop_and_grow(updater, sparse, kept, drop, grow, progress, elapsed)
   else:
     among = kept if updater.forward.storage == "hard" else None
     units = _prune(updater, sparse, drop, among, progress)
@@ -205,6 +204,15 @@ def select(updater, sparse, scores, masks, progress):
 def _prune(updater, sparse, scores, among, progress):
   """Unit masks with the counts of this progress, best scores first; units outside `among` come last."""
   among = among or [None] * len(scores)
+  keeps = _keep_counts(updater, sparse, scores, among, progress)
+  return [
+    selection.topk_mask(s, keep, leaf.plan.structure.unit_axes(leaf.plan.shape), where=a)
+    for s, a, keep, leaf in zip(scores, among, keeps, sparse)
+  ]
+
+
+def _keep_counts(updater, sparse, scores, among, progress):
+  """Units kept per group of every leaf at this progress; a joint distribution shares its total out by the scores."""
   keeps = [None if leaf.plan.final_keep is None else keep_at(leaf.plan, progress) for leaf in sparse]
   joint = [i for i, keep in enumerate(keeps) if keep is None]
   if joint:
@@ -215,22 +223,37 @@ def _prune(updater, sparse, scores, among, progress):
     ranked = [scores[i] if among[i] is None else selection.rank_last(scores[i], among[i]) for i in joint]
     for i, keep in zip(joint, updater.distribution.allocate(ranked, shapes, total)):
       keeps[i] = keep
-  return [
-    selection.topk_mask(s, keep, leaf.plan.structure.unit_axes(leaf.plan.shape), where=a)
-    for s, a, keep, leaf in zip(scores, among, keeps, sparse)
-  ]
+  return keeps
 
 
-def _drop_and_grow(leaf, mask, drop, grow, progress, fraction):
-  """Replaces a share of the kept units, rounded up so that small leaves move too."""
-  plan, axes = leaf.plan, leaf.plan.structure.unit_axes(leaf.plan.shape)
-  keep = keep_at(plan, progress)
-  if plan.structure.swaps_within_groups:
-    total = _ceil(fraction * (keep * plan.leaf_shape.groups).astype(jnp.float32))
-    dropped = selection.swap_counts(mask, drop, grow, total, axes)
-  else:
-    dropped = _ceil(fraction * keep.astype(jnp.float32))
-  return selection.drop_and_grow(mask, drop, grow, keep - dropped, keep, axes)
+def _drop_and_grow(updater, sparse, kept, drop, grow, progress, elapsed):
+  """Replaces a share of the kept units of every leaf, rounded up so that small leaves move too; grows the surplus."""
+  fraction = updater.drop_fraction.value(elapsed)
+  keeps = _keep_counts(updater, sparse, drop, kept, progress)
+  share = None if updater.surplus is None else updater.surplus.value(elapsed)
+  units = []
+  for leaf, mask, dropped, grown, keep in zip(sparse, kept, drop, grow, keeps):
+    plan, axes = leaf.plan, leaf.plan.structure.unit_axes(leaf.plan.shape)
+    if plan.structure.swaps_within_groups:
+      total = _ceil(fraction * (keep * plan.leaf_shape.groups).astype(jnp.float32))
+      low, high = plan.structure.counts_around_swap(mask, dropped, grown, keep, total, axes)
+    else:
+      low = keep - _ceil(fraction * keep.astype(jnp.float32))
+      here = share is not None and plan.final_keep is not None
+      high = keep + _ceil(share * keep.astype(jnp.float32)) if here else keep
+    units.append(selection.drop_and_grow(mask, dropped, grown, low, high, axes))
+  joint = [i for i, leaf in enumerate(sparse) if leaf.plan.final_keep is None]
+  if share is None or not joint:
+    return units
+  # Where leaves compete for what is kept, they compete for what grows beyond it, too.
+  shapes = [sparse[i].plan.leaf_shape for i in joint]
+  total = sum(keeps[i] * (shape.size // shape.units) for i, shape in zip(joint, shapes))
+  ranked = [selection.rank_last(grow[i], ~units[i]) for i in joint]
+  extra = updater.distribution.allocate(ranked, shapes, _ceil(share * total.astype(jnp.float32)))
+  for i, more in zip(joint, extra):
+    axes = sparse[i].plan.structure.unit_axes(sparse[i].plan.shape)
+    units[i] = selection.drop_and_grow(units[i], drop[i], grow[i], keeps[i], keeps[i] + more, axes)
+  return units
 
 
 def keep_at(plan: _plan.LeafPlan, progress: jax.Array) -> jax.Array:
@@ -361,9 +384,22 @@ def _first_masks(updater, plans, indices, values, data):
     # A mask by `init` has its final sparsity at once, unless a ramp starts below it.
     start = updater.schedule.progress(0) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
     scores = [_unit_scores(scorer, leaf, leaf.drop_state, leaf.inputs) for leaf in sparse]
+    if updater.init_distribution is not None:
+      sparse = _with_first_counts(updater, sparse)
     units = _prune(updater, sparse, scores, None, start)
     masks = [plan.structure.from_units(u, plan.shape) for plan, u in zip(plans, units)]
   return [masks_lib.pack(mask) if updater.pack_masks else mask for mask in masks]
+
+
+def _with_first_counts(updater, sparse):
+  """The leaves of a joint distribution with the counts that `init_distribution` gives their first masks."""
+  joint = [i for i, leaf in enumerate(sparse) if leaf.plan.final_keep is None]
+  sparsity = updater.initial_sparsity if updater.schedule.ramps else updater.sparsity
+  counts = updater.init_distribution.keep_counts([sparse[i].plan.leaf_shape for i in joint], sparsity)
+  sparse = list(sparse)
+  for i, count in zip(joint, counts):
+    sparse[i] = sparse[i]._replace(plan=sparse[i].plan.with_counts(count))
+  return sparse
 
 
 def _scorer_states(scorer, leaves, plans):

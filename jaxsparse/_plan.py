@@ -34,6 +34,10 @@ class LeafPlan:
   initial_keep: int = 0
   final_keep: int | None = None
 
+  def with_counts(self, keep: int) -> "LeafPlan":
+    """The plan with one count throughout."""
+    return dataclasses.replace(self, initial_keep=keep, final_keep=keep)
+
   @property
   def leaf_shape(self) -> distributions.LeafShape:
     s = self.structure
@@ -88,6 +92,11 @@ def _plan_leaf(updater, name: str, label: str, value) -> tuple[LeafPlan, float |
   if 0 in shape or not shape:
     raise ValueError(
       f"{label} has shape {shape}: there is nothing to sparsify. Exclude it with the rule ({name!r}, None)."
+    )
+  if updater.surplus is not None and structure.swaps_within_groups:
+    raise ValueError(
+      f"{label}: {structure!r} keeps the count of every group, so nothing can grow beyond it for a while (surplus=); use "
+      "another structure, or pin the leaf by a rule."
     )
   try:
     structure.validate(shape)

@@ -40,6 +40,8 @@ class Updater:
     init: ranks entries for the masks before the first step (at the final sparsity); None starts dense.
     grow: ranks removed entries for growing back; None only prunes.
     drop_fraction: share of kept units that `grow` replaces at a refresh.
+    surplus: share of kept units that grow beyond them at a refresh, until the next one (MEST, Chase); None for none.
+    init_distribution: layer densities of the first masks where leaves compete later (`distribution=Global()`).
     initial_sparsity: sparsity at the first refresh of a ramp.
     skip_step_when_due: whether the inner optimizer pauses in an update that refreshes masks.
     pack_masks: store masks at one bit per entry instead of one byte; results are identical.
@@ -56,6 +58,8 @@ class Updater:
   init: scorers.AbstractScorer | None = None
   grow: scorers.AbstractScorer | None = None
   drop_fraction: schedules.AbstractDropFraction | None = None
+  surplus: schedules.AbstractDropFraction | None = None
+  init_distribution: distributions.AbstractDistribution | None = None
   initial_sparsity: float = 0.0
   skip_step_when_due: bool = False
   pack_masks: bool = False
@@ -91,8 +95,16 @@ class Updater:
         )
     if (self.grow is None) != (self.drop_fraction is None):
       raise ValueError("grow= and drop_fraction= belong together: what grows back, and how much.")
-    if self.grow is not None and (self.forward.storage != "hard" or self.distribution.joint):
-      raise ValueError("Growing methods need forward=Hard() and a distribution with counts per leaf (not Global()).")
+    if self.grow is not None and self.forward.storage != "hard":
+      raise ValueError(
+        "Growing methods need forward=Hard(): under dense storage removed weights come back by themselves."
+      )
+    if self.surplus is not None and self.grow is None:
+      raise ValueError("surplus= says how much more grows; it needs grow=.")
+    if self.init_distribution is not None and (self.init is None or not self.distribution.joint):
+      raise ValueError("init_distribution= shares out the first masks of init= where distribution=Global() does later.")
+    if self.init_distribution is not None and self.init_distribution.joint:
+      raise ValueError(f"init_distribution={self.init_distribution!r} must give counts per leaf, such as ERK().")
 
   def __repr__(self):
     if self.call is not None:
@@ -206,6 +218,7 @@ class Updater:
     *,
     loss_fn: Callable[[Any, Any], jax.Array] | None = None,
     batches: Iterable[Any] | None = None,
+    masks: Any = None,
   ) -> tuple[Any, Any]:
     """Prunes to the final sparsity at once.
 
@@ -214,12 +227,15 @@ class Updater:
       key: seed, or PRNG key, for random scores.
       loss_fn: `loss_fn(params, batch) -> scalar`, for scores that need gradients (saliency, Fisher, SNIP, ...).
       batches: batches for `loss_fn`.
+      masks: what may be kept, such as the masks of an earlier round; None, or `optax.MaskedNode()` in the place of a leaf,
+        for everything.
 
     Returns:
       `(pruned params, masks)`; masks are bool, and `optax.MaskedNode()` where a leaf stays dense.
 
     Raises:
-      ValueError: if the score needs gradients and `loss_fn` or `batches` is missing.
+      ValueError: if the score needs gradients and `loss_fn` or `batches` is missing, or `masks` keep less of a leaf than
+        is asked for.
 
     >>> import jax.numpy as jnp
     >>> from jaxsparse import algorithms
@@ -239,7 +255,7 @@ class Updater:
         f"{self!r} scores weights by {type(self.drop).__name__}, which needs gradients: pass loss_fn=(params, batch) "
         f"-> {self.drop.objective if whole_model else 'loss'} and batches=[...] to instant_sparsify."
       )
-    return _instant(self, params, key, loss_fn, list(batches) if batches is not None else [])
+    return _instant(self, params, key, loss_fn, list(batches) if batches is not None else [], masks)
 
   def describe(self, params: Any) -> str:
     """A table of what happens to each leaf: shape, structure, sparsity it ends with, and why."""
@@ -264,6 +280,8 @@ _FIELD_TYPES = {
   "init": (scorers.AbstractScorer, type(None)),
   "grow": (scorers.AbstractScorer, type(None)),
   "drop_fraction": (schedules.AbstractDropFraction, type(None)),
+  "surplus": (schedules.AbstractDropFraction, type(None)),
+  "init_distribution": (distributions.AbstractDistribution, type(None)),
 }
 
 
@@ -283,7 +301,7 @@ def _map(params, masks, fn):
   )
 
 
-def _instant(updater, params, key, loss_fn, batches):
+def _instant(updater, params, key, loss_fn, batches, given):
   """Scores, then one selection at the final counts; several rounds for scorers that ask for them."""
   leaves = _tree.flatten(params)
   plans = _plan.make_plan(updater, leaves)
@@ -300,21 +318,42 @@ def _instant(updater, params, key, loss_fn, batches):
       values[leaf.index] = jnp.where(mask, leaf.param, jnp.zeros((), leaf.param.dtype))
     return leaves.treedef.unflatten(values)
 
-  masks = [jnp.ones(leaf.plan.shape, bool) for leaf in sparse]
+  if given is None:
+    allowed = [jnp.ones(leaf.plan.shape, bool) for leaf in sparse]
+  else:
+    nodes = _tree.match(leaves, given, "masks=")
+    whole = lambda leaf, node: jnp.ones(leaf.plan.shape, bool) if _tree.is_masked_node(node) else node
+    allowed = [jnp.asarray(masks_lib.unpack(whole(leaf, nodes[leaf.index]))) != 0 for leaf in sparse]
+  masks = allowed
   if isinstance(updater.drop, scorers.AbstractModelScorer):
     rounds = updater.drop.rounds
     choose = jax.jit(lambda scores, masks, progress: _engine.select(updater, sparse, scores, masks, progress))
     for r in range(1, rounds + 1):
-      scores = _tree.flatten(updater.drop.scores(pruned(masks), loss_fn, batches)).values
+      scores = _tree.flatten(updater.drop.scores(pruned(masks), loss_fn, batches, jax.random.fold_in(key, r))).values
       progress = (1 - (1 - updater.sparsity) ** (r / rounds)) / updater.sparsity if r < rounds else 1.0
       masks = choose([scores[leaf.index] for leaf in sparse], masks, jnp.float32(progress))
   else:
     sparse = _score_inputs(updater.drop, sparse, params, loss_fn, batches)
-    masks = jax.jit(lambda: _engine.choose(updater, sparse, None, jnp.float32(1), jnp.float32(1)))()
+    if given is None:
+      masks = jax.jit(lambda: _engine.choose(updater, sparse, None, jnp.float32(1), jnp.float32(1)))()
+    else:
+      scores = lambda: [updater.drop.score(leaf.drop_state, leaf.inputs) for leaf in sparse]
+      masks = jax.jit(lambda: _engine.select(updater, sparse, scores(), allowed, jnp.float32(1)))()
+  if given is not None:
+    _check_within(sparse, masks, allowed)
   nodes = [optax.MaskedNode()] * len(plans)
   for leaf, mask in zip(sparse, masks):
     nodes[leaf.index] = mask
   return pruned(masks), leaves.treedef.unflatten(nodes)
+
+
+def _check_within(sparse, masks, allowed):
+  for leaf, mask, may in zip(sparse, masks, allowed):
+    beyond = jnp.any(mask & ~may)
+    if not isinstance(beyond, jax.core.Tracer) and beyond:
+      raise ValueError(
+        f"{leaf.plan.label}: masks= keep {int(may.sum())} of {may.size} weights, but {int(mask.sum())} are to be kept."
+      )
 
 
 def _score_inputs(scorer, sparse, params, loss_fn, batches):

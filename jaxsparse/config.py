@@ -84,7 +84,7 @@ def _value(key: str, value: Any) -> Any:
     return value if isinstance(value, rules_lib.Rules) else rules_lib.Rules(*((p, _rule_value(v)) for p, v in value))
   if isinstance(value, str) and key != "on_mismatch":
     value = {"name": value}
-  return _make(key, value) if isinstance(value, Mapping) else value
+  return _argument(key, value)
 
 
 def _rule_value(value: Any) -> Any:
@@ -103,7 +103,14 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
     )
   cls = _CLASSES[name]
   _registry.check_arguments(name, inspect.signature(cls), arguments)
-  return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+  return cls(**{k: _argument(k, v) for k, v in arguments.items()})
+
+
+def _argument(key: str, value: Any) -> Any:
+  """Dictionaries to axes, also inside others (a forward's decay) and in lists (a pattern schedule's frames)."""
+  if isinstance(value, (list, tuple)):
+    return tuple(_argument(key, v) for v in value)
+  return _make(key, value) if isinstance(value, Mapping) else value
 
 
 def _plain(value: Any) -> Any:
@@ -114,6 +121,6 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(v) for v in value)
   if dataclasses.is_dataclass(value):
     return {"name": type(value).__name__} | {
-      f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
+      f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
     }
   return value

@@ -1,5 +1,6 @@
 """Updaters from dictionaries and back."""
 
+import dataclasses
 import json
 
 import laws
@@ -64,6 +65,17 @@ def test_round_trip_of_a_hand_made_updater():
     skip_step_when_due=True,
   )
   same(js.create_updater(js.updater_config(growing)), growing)
+  elastic = dataclasses.replace(
+    growing,
+    grow=js.scorers.Unused(js.scorers.Momentum(0.5)),
+    drop_fraction=js.schedules.PiecewiseFraction((0.0, js.schedules.CosineFraction(0.5)), (0.25,)),
+    surplus=js.schedules.PiecewiseFraction((0.5, 0.0), (0.25,)),
+    distribution=js.Global(),
+    init_distribution=js.ERK(0.5),
+  )
+  same(js.create_updater(json.loads(json.dumps(js.updater_config(elastic).to_dict()))), elastic)
+  shuffled = js.Updater(schedule=js.schedules.Static(), drop=js.scorers.Shuffled(js.scorers.Snip()), sparsity=0.5)
+  same(js.create_updater(js.updater_config(shuffled)), shuffled)
 
 
 def test_config_dict_with_names_alone():

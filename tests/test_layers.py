@@ -20,7 +20,7 @@ LAYERS = (
   {"rules"},
   {"_plan", "_state", "_compress"},
   {"_engine"},
-  {"_updater"},
+  {"_updater", "gradient_masking", "soft_threshold"},
   {"algorithms", "metrics", "recipes", "calibration", "nn"},
   {"config"},
 )

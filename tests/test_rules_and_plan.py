@@ -61,7 +61,10 @@ def test_sparsity_of_another_type(sparsity):
     (lambda: js.magnitude(sparsity=0.5, stop=9, structure="nm"), TypeError, "structure must be one of jaxsparse's"),
     (lambda: js.magnitude(sparsity=0.5, stop=9, distribution=js.ERK), TypeError, "distribution must be"),
     (lambda: js.magnitude(sparsity=0.5, stop=9, rules=[("a", None)]), TypeError, "rules must be"),
-    (lambda: js.rigl(sparsity=0.5, stop=9, distribution=js.Global()), ValueError, "counts per leaf"),
+    (lambda: js.granet(sparsity=0.9, stop=9, init_distribution=js.Global()), ValueError, "counts per leaf"),
+    (lambda: js.granet(sparsity=0.4, stop=9), ValueError, "must not exceed"),
+    (lambda: js.mest(sparsity=0.9, every=100, stop=150), ValueError, "the final sparsity would not be reached"),
+    (lambda: js.snip_ratio(sparsity=0.9, structure=js.Channel()), ValueError, "densities of single weights"),
     (lambda: js.sr_ste(sparsity=0.5, decay=-1.0), ValueError, "must not be negative"),
     (lambda: js.get_algorithm("rigi"), ValueError, "Did you mean 'rigl'"),
   ],
@@ -78,6 +81,19 @@ def test_impossible_updaters(make, kind, words):
     ({"schedule": ONE_SHOT, "drop": js.scorers.Snip()}, "scores a model before training"),
     ({"schedule": ONE_SHOT, "drop": js.scorers.Magnitude(), "init": js.scorers.GradientMagnitude()}, "needs gradients"),
     ({"schedule": ONE_SHOT, "drop": js.scorers.Magnitude(), "grow": js.scorers.Random()}, "belong together"),
+    (
+      {"schedule": ONE_SHOT, "drop": js.scorers.Magnitude(), "surplus": js.schedules.ConstantFraction(0.1)},
+      "it needs grow=",
+    ),
+    (
+      {
+        "schedule": ONE_SHOT,
+        "drop": js.scorers.Magnitude(),
+        "init": js.scorers.Random(),
+        "init_distribution": js.ERK(),
+      },
+      "where distribution=Global",
+    ),
   ],
 )
 def test_impossible_combinations(arguments, words):

@@ -5,6 +5,7 @@ from jaxsparse import distributions
 from jaxsparse import schedules
 from jaxsparse import scorers
 from jaxsparse.algorithms import _registry
+from jaxsparse.algorithms import _schedule_arguments
 
 
 @_registry.algorithm
@@ -44,7 +45,7 @@ def set_(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
     drop=scorers.Magnitude(),
     grow=scorers.Random(),
-    drop_fraction=_fraction("set", drop_fraction, schedules.ConstantFraction, stop),
+    drop_fraction=_schedule_arguments.fraction("set", drop_fraction, schedules.ConstantFraction, stop),
     init=scorers.Random(),
     skip_step_when_due=True,
     sparsity=sparsity,
@@ -85,12 +86,12 @@ def rigl(
     Evci et al., Rigging the Lottery, 2020, https://arxiv.org/abs/1911.11134.
     Differs from the paper: the count of replaced weights is rounded up, so that small leaves move too.
   """
-  _check_stop("rigl", stop)
+  _schedule_arguments.check_stop("rigl", stop)
   return _updater.Updater(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
     drop=scorers.Magnitude(),
     grow=scorers.GradientMagnitude(),
-    drop_fraction=_fraction("rigl", drop_fraction, schedules.CosineFraction, stop),
+    drop_fraction=_schedule_arguments.fraction("rigl", drop_fraction, schedules.CosineFraction, stop),
     init=scorers.Random(),
     skip_step_when_due=True,
     sparsity=sparsity,
@@ -124,31 +125,14 @@ def snfs(
     Dettmers and Zettlemoyer, 2019, https://arxiv.org/abs/1907.04840.
     Differs from the paper: layer densities stay as the distribution sets them, instead of following the mean momentum.
   """
-  _check_stop("snfs", stop)
+  _schedule_arguments.check_stop("snfs", stop)
   return _updater.Updater(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
     drop=scorers.Magnitude(),
     grow=scorers.Momentum(momentum),
-    drop_fraction=_fraction("snfs", drop_fraction, schedules.CosineFraction, stop),
+    drop_fraction=_schedule_arguments.fraction("snfs", drop_fraction, schedules.CosineFraction, stop),
     init=scorers.Random(),
     sparsity=sparsity,
     distribution=distribution,
     **common,
   )
-
-
-def _check_stop(name: str, stop: int | None) -> None:
-  if stop is None:
-    raise ValueError(
-      f"{name} needs stop=, the count of updates at which the drop fraction has decayed to zero (the papers: 75 % of training)."
-    )
-
-
-def _fraction(name: str, given, default, stop: int | None) -> schedules.AbstractDropFraction:
-  """A number in the paper's schedule, or the schedule that was given."""
-  fraction = given if isinstance(given, schedules.AbstractDropFraction) else default(given)
-  if stop is None and not isinstance(fraction, schedules.ConstantFraction):
-    raise ValueError(
-      f"{name} needs stop= for drop_fraction={fraction!r}: without an end no share of the time has passed."
-    )
-  return fraction

@@ -4,6 +4,7 @@ from jaxsparse import _updater
 from jaxsparse import distributions
 from jaxsparse import schedules
 from jaxsparse import scorers
+from jaxsparse import structures
 from jaxsparse.algorithms import _registry
 from jaxsparse.algorithms import _schedule_arguments
 
@@ -41,7 +42,8 @@ def static_sparse(
 
   Args:
     sparsity: fraction removed.
-    distribution: layer densities; they decide the quality (ERK beats uniform by far at high sparsity).
+    distribution: layer densities; they decide the quality (ERK beats uniform by far at high sparsity). The paper's others
+      are `Uniform()`, `UniformPlus(...)`, `ErdosRenyi()`, `ERKPlus(...)`, and the factories `snip_ratio`, `grasp_ratio`.
     **common: as in `magnitude`.
 
   >>> static_sparse(sparsity=0.9).schedule
@@ -58,4 +60,56 @@ def static_sparse(
     sparsity=sparsity,
     distribution=distribution,
     **common,
+  )
+
+
+@_registry.algorithm
+def snip_ratio(sparsity: float | None = None, **common) -> _updater.Updater:
+  """Random masks at initialisation with the layer densities that SNIP would choose, trained statically.
+
+      pruned, masks = updater.instant_sparsify(params, key=0, loss_fn=loss, batches=[batch])
+      opt_state = jaxsparse.set_masks(tx.init(pruned), masks)
+
+  Args:
+    sparsity: fraction removed.
+    **common: as in `magnitude`, for single weights only.
+
+  >>> snip_ratio(sparsity=0.9).drop
+  Shuffled(scorer=Snip())
+
+  References:
+    Liu et al., The Unreasonable Effectiveness of Random Pruning, 2022, https://arxiv.org/abs/2202.02643.
+    Differs from the paper: exact counts instead of independent draws.
+  """
+  return _ratio("snip_ratio", scorers.Snip(), sparsity, common)
+
+
+@_registry.algorithm
+def grasp_ratio(sparsity: float | None = None, **common) -> _updater.Updater:
+  """Random masks at initialisation with the layer densities that GraSP would choose, trained statically.
+
+  Args:
+    sparsity, **common: as in `snip_ratio`.
+
+  >>> grasp_ratio(sparsity=0.9).drop
+  Shuffled(scorer=Grasp())
+
+  References:
+    Liu et al., The Unreasonable Effectiveness of Random Pruning, 2022, https://arxiv.org/abs/2202.02643.
+    Differs from the paper: exact counts instead of independent draws.
+  """
+  return _ratio("grasp_ratio", scorers.Grasp(), sparsity, common)
+
+
+def _ratio(name: str, scorer, sparsity, common) -> _updater.Updater:
+  structure = common.get("structure", structures.Unstructured())
+  if not isinstance(structure, structures.Unstructured):
+    raise ValueError(
+      f"{name} has layer densities of single weights only; {structure!r} would mix the scores of its units."
+    )
+  return _updater.Updater(
+    schedule=schedules.Static(),
+    drop=scorers.Shuffled(scorer),
+    sparsity=sparsity,
+    **{"distribution": distributions.Global()} | common,
   )

@@ -2,7 +2,9 @@
 
 from jaxsparse.forwards._base import AbstractForward
 from jaxsparse.forwards._hard import Hard
+from jaxsparse.forwards._selective import MaskedGradient
+from jaxsparse.forwards._selective import TopKast
 from jaxsparse.forwards._straight_through import SRSTE
 from jaxsparse.forwards._straight_through import StraightThrough
 
-__all__ = ["AbstractForward", "Hard", "SRSTE", "StraightThrough"]
+__all__ = ["AbstractForward", "Hard", "MaskedGradient", "SRSTE", "StraightThrough", "TopKast"]

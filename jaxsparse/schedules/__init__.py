@@ -7,10 +7,12 @@ from jaxsparse.schedules._constant import Static
 from jaxsparse.schedules._drop_fraction import AbstractDropFraction
 from jaxsparse.schedules._drop_fraction import ConstantFraction
 from jaxsparse.schedules._drop_fraction import CosineFraction
+from jaxsparse.schedules._drop_fraction import PiecewiseFraction
 from jaxsparse.schedules._ramps import Cosine
 from jaxsparse.schedules._ramps import Linear
 from jaxsparse.schedules._ramps import OneShot
 from jaxsparse.schedules._ramps import Polynomial
+from jaxsparse.schedules._ramps import RampThenHold
 
 __all__ = [
   "AbstractDropFraction",
@@ -22,6 +24,8 @@ __all__ = [
   "Linear",
   "OneShot",
   "Periodic",
+  "PiecewiseFraction",
   "Polynomial",
+  "RampThenHold",
   "Static",
 ]

@@ -71,6 +71,55 @@ class Polynomial(_base.AbstractMaskSchedule):
 
 
 @dataclasses.dataclass(frozen=True)
+class RampThenHold(_base.AbstractMaskSchedule):
+  """`Polynomial` over [start, ramp_stop), then refreshes at the final sparsity until `stop` (GraNet).
+
+  Drop fractions decay over the whole of [start, stop).
+
+  Args:
+    every: updates between refreshes.
+    ramp_stop: the final sparsity is reached at the last refresh before this count.
+    stop: refreshes end before this count.
+    start: count of the first refresh.
+    power: positive; 1 is linear, 3 cubic.
+
+  Raises:
+    ValueError: unless start < ramp_stop <= stop, every >= 1 and power > 0.
+
+  >>> [round(float(RampThenHold(every=10, ramp_stop=21, stop=50).progress(t)), 3) for t in (0, 10, 20, 30)]
+  [0.0, 0.875, 1.0, 1.0]
+  """
+
+  every: int
+  ramp_stop: int
+  stop: int
+  start: int = 0
+  power: float = 3.0
+
+  def __post_init__(self):
+    _base.check_window("RampThenHold (ramp_stop)", self.every, self.start, self.ramp_stop)
+    _base.check_window("RampThenHold", self.every, self.start, self.stop)
+    if self.ramp_stop > self.stop:
+      raise ValueError(f"RampThenHold: ramp_stop={self.ramp_stop} must not exceed stop={self.stop}.")
+    if not self.power > 0:
+      raise ValueError(f"RampThenHold: power={self.power!r} must be positive.")
+
+  @property
+  def ramps(self):
+    return True
+
+  def due(self, count):
+    return _base.in_window(count, self.every, self.start, self.stop)
+
+  def progress(self, count):
+    return 1 - (1 - _base.window_fraction(count, self.every, self.start, self.ramp_stop)) ** self.power
+
+  def elapsed(self, count):
+    done = jnp.clip(jnp.asarray(count) - self.start, 0, self.stop - self.start)
+    return done.astype(jnp.float32) / (self.stop - self.start)
+
+
+@dataclasses.dataclass(frozen=True)
 class Linear(_base.AbstractMaskSchedule):
   """Progress grows linearly from the first refresh to the last one in [start, stop)."""
 

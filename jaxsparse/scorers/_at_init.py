@@ -26,8 +26,8 @@ class AbstractModelScorer(abc.ABC):
     return 1
 
   @abc.abstractmethod
-  def scores(self, params, loss_fn: LossFn, batches: Iterable[Any]):
-    """Tree like `params`, float32: the score of every entry."""
+  def scores(self, params, loss_fn: LossFn, batches: Iterable[Any], key: jax.Array):
+    """Tree like `params`, float32: the score of every entry; `key` is a typed PRNG key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,32 @@ class Snip(AbstractModelScorer):
     Lee et al., SNIP, 2019, https://arxiv.org/abs/1810.02340. No known differences.
   """
 
-  def scores(self, params, loss_fn, batches):
+  def scores(self, params, loss_fn, batches, key):
     grads = mean_gradient(loss_fn, params, batches)
     return jax.tree.map(lambda p, g: jnp.abs(p * g).astype(jnp.float32), params, grads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled(AbstractModelScorer):
+  """Another scorer's scores in random order inside each leaf: its layer densities, random positions.
+
+  Only single weights keep their densities: the sum over a unit of several would mix what belongs to different units.
+
+  References:
+    Liu et al., The Unreasonable Effectiveness of Random Pruning, 2022, https://arxiv.org/abs/2202.02643 ("SNIP ratio",
+    "GraSP ratio"). No known differences.
+  """
+
+  scorer: AbstractModelScorer
+
+  def __post_init__(self):
+    if not isinstance(self.scorer, AbstractModelScorer) or self.scorer.rounds != 1:
+      raise ValueError(f"Shuffled: {self.scorer!r} must score a model in one round, such as Snip() or Grasp().")
+
+  def scores(self, params, loss_fn, batches, key):
+    leaves, treedef = jax.tree.flatten(self.scorer.scores(params, loss_fn, batches, key))
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten([jax.random.permutation(k, s.ravel()).reshape(s.shape) for k, s in zip(keys, leaves)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +78,7 @@ class Grasp(AbstractModelScorer):
     Differs from the paper: no temperature on the logits (put it in `loss_fn`) and one pass over the batches.
   """
 
-  def scores(self, params, loss_fn, batches):
+  def scores(self, params, loss_fn, batches, key):
     batches = list(batches)
     grads = mean_gradient(loss_fn, params, batches)
 
@@ -88,7 +111,7 @@ class SynFlow(AbstractModelScorer):
   def rounds(self):
     return self.iterations
 
-  def scores(self, params, loss_fn, batches):
+  def scores(self, params, loss_fn, batches, key):
     positive = jax.tree.map(jnp.abs, params)
     grads = mean_gradient(loss_fn, positive, batches)
     return jax.tree.map(lambda p, g: jnp.abs(p * g).astype(jnp.float32), positive, grads)

@@ -21,6 +21,23 @@ class Magnitude(_base.AbstractElementwiseScorer):
 
 
 @dataclasses.dataclass(frozen=True)
+class MagnitudePlusGradient(_base.AbstractElementwiseScorer):
+  """|w| + weight |dL/dw|: a small weight that the loss still pulls at is worth keeping (MEST, SparCL)."""
+
+  uses_gradient: ClassVar[bool] = True
+  weight: float = 0.5
+
+  def __post_init__(self):
+    if not self.weight >= 0:
+      raise ValueError(f"MagnitudePlusGradient: weight={self.weight!r} must not be negative.")
+
+  def terms(self, state, inputs):
+    dtype = _tree.wider(inputs.param.dtype, inputs.grad.dtype)
+    fn = lambda p, g: jnp.abs(p.astype(dtype)) + self.weight * jnp.abs(g.astype(dtype))
+    return fn, (inputs.param, inputs.grad)
+
+
+@dataclasses.dataclass(frozen=True)
 class Random(_base.AbstractScorer):
   """Independent and uniform, in 2**16 steps; a new draw at every refresh.
 

@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import selection
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AbstractStructure(abc.ABC):
@@ -74,6 +76,19 @@ class AbstractStructure(abc.ABC):
     """Whether dynamic sparse training must keep the count of every group, and so swaps units inside groups."""
     return False
 
+  def counts_around_swap(
+    self, mask: jax.Array, drop: jax.Array, grow: jax.Array, keep: jax.Array, swaps: jax.Array, axes: tuple[int, ...]
+  ) -> tuple[jax.Array, jax.Array]:
+    """Units kept per group after dropping and after growing, where swaps stay inside groups.
+
+    Args:
+      mask, drop, grow: mask and scores of units, shape of the view.
+      keep: shape=(), int32: units per group that the sparsity allows.
+      swaps: shape=(), int32: units of the leaf to replace.
+      axes: `unit_axes` of the leaf.
+    """
+    return swap_evenly(mask, drop, grow, keep, swaps, axes)
+
   def units_per_group(self, shape: tuple[int, ...]) -> int:
     view = self.view_shape(shape)
     return math.prod(view[a] for a in self.unit_axes(shape))
@@ -84,6 +99,11 @@ class AbstractStructure(abc.ABC):
   def layer_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one layer of a stacked leaf."""
     return tuple(shape[len(self.stack_axes) :])
+
+
+def swap_evenly(mask, drop, grow, keep, swaps, axes) -> tuple[jax.Array, jax.Array]:
+  """Every group keeps its count; the swaps are shared out evenly, the rest to the groups that gain most."""
+  return keep - selection.swap_counts(mask, drop, grow, swaps, axes), keep
 
 
 def sum_scores(scores: jax.Array, axes: tuple[int, ...]) -> jax.Array:
