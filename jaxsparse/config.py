@@ -30,6 +30,8 @@ _CLASSES = {
   if dataclasses.is_dataclass(getattr(module, name)) and not name.startswith("Abstract")
 }
 
+_WORDS = ("on_mismatch", "flow", "decay", "frames")  # arguments that may be words; other words name an axis
+
 
 def create_updater(config: Mapping[str, Any] | ml_collections.ConfigDict) -> _updater.Updater:
   """Makes an updater from a configuration.
@@ -82,9 +84,9 @@ def updater_config(updater: _updater.Updater) -> ml_collections.ConfigDict:
 def _value(key: str, value: Any) -> Any:
   if key == "rules":
     return value if isinstance(value, rules_lib.Rules) else rules_lib.Rules(*((p, _rule_value(v)) for p, v in value))
-  if isinstance(value, str) and key != "on_mismatch":
+  if isinstance(value, str) and key not in _WORDS:
     value = {"name": value}
-  return _make(key, value) if isinstance(value, Mapping) else value
+  return _argument(key, value)
 
 
 def _rule_value(value: Any) -> Any:
@@ -103,7 +105,14 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
     )
   cls = _CLASSES[name]
   _registry.check_arguments(name, inspect.signature(cls), arguments)
-  return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+  return cls(**{k: _argument(k, v) for k, v in arguments.items()})
+
+
+def _argument(key: str, value: Any) -> Any:
+  """Dictionaries to axes, also inside others (a forward's decay) and in lists (a pattern schedule's frames)."""
+  if isinstance(value, (list, tuple)):
+    return tuple(_argument(key, v) for v in value)
+  return _make(key, value) if isinstance(value, Mapping) else value
 
 
 def _plain(value: Any) -> Any:
@@ -114,6 +123,6 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(v) for v in value)
   if dataclasses.is_dataclass(value):
     return {"name": type(value).__name__} | {
-      f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
+      f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
     }
   return value
