@@ -147,7 +147,7 @@ def _refresh_if(updater, due, sparse, nodes, count):
       # One leaf after the other, so that what a refresh needs beside the masks is the scratch of one leaf.
       current, new = jax.lax.optimization_barrier(([nodes[leaf.index] for leaf in leaves], new))
       masks = [masks_lib.unpack(node) for node in current]
-      chosen = choose(updater, leaves, masks, updater.schedule.progress(count), updater.schedule.elapsed(count))
+      chosen = _choose_in_frame(updater, leaves, masks, count)
       new += [masks_lib.pack(m) if updater.pack_masks else m for m in chosen]
     return new
 
@@ -156,6 +156,16 @@ def _refresh_if(updater, due, sparse, nodes, count):
   for leaf, node in zip(sparse, new):
     nodes[leaf.index] = node
   return nodes
+
+
+def _choose_in_frame(updater, sparse, masks, count):
+  """`choose` at a count; a leaf with a pattern schedule (which is refreshed alone) takes the pattern of its frame."""
+  now = masks, updater.schedule.progress(count), updater.schedule.elapsed(count)
+  structure = sparse[0].plan.structure
+  if not isinstance(structure, structures.Frames):
+    return choose(updater, sparse, *now)
+  frames = [[leaf._replace(plan=leaf.plan.in_frame(i)) for leaf in sparse] for i in range(len(structure.frames))]
+  return jax.lax.switch(structure.index(count), [lambda f=f: choose(updater, f, *now) for f in frames])
 
 
 def choose(updater, sparse, masks, progress, elapsed):
@@ -347,14 +357,14 @@ def _first_masks(updater, plans, indices, values, data):
   else:
     key = jax.random.wrap_key_data(data, impl="threefry2x32")
     sparse = [
-      Leaf(i, plan, value, None, jax.random.fold_in(key, i), {}, scorer.init(value), ())
+      Leaf(i, plan.in_frame(0), value, None, jax.random.fold_in(key, i), {}, scorer.init(value), ())
       for i, plan, value in zip(indices, plans, values)
     ]
     # A mask by `init` has its final sparsity at once, unless a ramp starts below it.
     start = updater.schedule.progress(0) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
     scores = [_unit_scores(scorer, leaf, leaf.drop_state, leaf.inputs) for leaf in sparse]
     units = _prune(updater, sparse, scores, None, start)
-    masks = [plan.structure.from_units(u, plan.shape) for plan, u in zip(plans, units)]
+    masks = [leaf.plan.structure.from_units(u, leaf.plan.shape) for leaf, u in zip(sparse, units)]
   return [masks_lib.pack(mask) if updater.pack_masks else mask for mask in masks]
 
 
