@@ -4,6 +4,7 @@ from jaxsparse import algorithms
 from jaxsparse import distributions
 from jaxsparse import forwards
 from jaxsparse import metrics
+from jaxsparse import optimizers
 from jaxsparse import schedules
 from jaxsparse import scorers
 from jaxsparse import selection
@@ -17,6 +18,9 @@ from jaxsparse.algorithms import acdc
 from jaxsparse.algorithms import adam_fisher
 from jaxsparse.algorithms import algorithm
 from jaxsparse.algorithms import all_algorithm_names
+from jaxsparse.algorithms import asp
+from jaxsparse.algorithms import ast
+from jaxsparse.algorithms import cast
 from jaxsparse.algorithms import get_algorithm
 from jaxsparse.algorithms import global_magnitude
 from jaxsparse.algorithms import global_saliency
@@ -25,14 +29,19 @@ from jaxsparse.algorithms import grasp
 from jaxsparse.algorithms import iterative_nm
 from jaxsparse.algorithms import magnitude
 from jaxsparse.algorithms import magnitude_ste
+from jaxsparse.algorithms import mask_decay
+from jaxsparse.algorithms import mdgf
 from jaxsparse.algorithms import no_prune
 from jaxsparse.algorithms import random_ste
 from jaxsparse.algorithms import rigl
 from jaxsparse.algorithms import saliency
+from jaxsparse.algorithms import sdgf
 from jaxsparse.algorithms import snfs
 from jaxsparse.algorithms import snip
 from jaxsparse.algorithms import sr_ste
 from jaxsparse.algorithms import static_sparse
+from jaxsparse.algorithms import step
+from jaxsparse.algorithms import structure_decay
 from jaxsparse.algorithms import synflow
 from jaxsparse.config import create_updater
 from jaxsparse.config import updater_config
@@ -50,10 +59,14 @@ from jaxsparse.metrics import mask_churn
 from jaxsparse.metrics import mask_nbytes
 from jaxsparse.metrics import summarize_intersection
 from jaxsparse.metrics import summarize_sparsity
+from jaxsparse.optimizers import AutoSwitch
+from jaxsparse.optimizers import adamw_nm
+from jaxsparse.optimizers import scale_by_adam_nm
 from jaxsparse.rules import Rules
 from jaxsparse.structures import Block
 from jaxsparse.structures import Channel
 from jaxsparse.structures import FixedFanIn
+from jaxsparse.structures import Frames
 from jaxsparse.structures import NM
 from jaxsparse.structures import Unstructured
 

@@ -21,7 +21,7 @@ LAYERS = (
   {"_plan", "_state"},
   {"_engine"},
   {"_updater"},
-  {"algorithms", "metrics", "recipes", "calibration", "nn"},
+  {"algorithms", "metrics", "recipes", "calibration", "nn", "optimizers"},
   {"config"},
 )
 STORAGE = {"arrays", "ops", "quant"}  # kernels and storage know nothing of training

@@ -4,6 +4,10 @@ from jaxsparse.algorithms._registry import algorithm
 from jaxsparse.algorithms._registry import all_algorithm_names
 from jaxsparse.algorithms._registry import get_algorithm
 from jaxsparse.algorithms.acdc import acdc
+from jaxsparse.algorithms.adam_nm import ast
+from jaxsparse.algorithms.adam_nm import cast
+from jaxsparse.algorithms.adam_nm import step
+from jaxsparse.algorithms.asp import asp
 from jaxsparse.algorithms.at_init import grasp
 from jaxsparse.algorithms.at_init import snip
 from jaxsparse.algorithms.at_init import synflow
@@ -15,6 +19,10 @@ from jaxsparse.algorithms.magnitude import gmp
 from jaxsparse.algorithms.magnitude import iterative_nm
 from jaxsparse.algorithms.magnitude import magnitude
 from jaxsparse.algorithms.no_prune import no_prune
+from jaxsparse.algorithms.progressive_flow import mask_decay
+from jaxsparse.algorithms.progressive_flow import mdgf
+from jaxsparse.algorithms.progressive_flow import sdgf
+from jaxsparse.algorithms.progressive_flow import structure_decay
 from jaxsparse.algorithms.random_pruning import random_
 from jaxsparse.algorithms.random_pruning import static_sparse
 from jaxsparse.algorithms.saliency import adam_fisher
@@ -29,6 +37,9 @@ __all__ = [
   "adam_fisher",
   "algorithm",
   "all_algorithm_names",
+  "asp",
+  "ast",
+  "cast",
   "get_algorithm",
   "global_magnitude",
   "global_saliency",
@@ -37,15 +48,20 @@ __all__ = [
   "iterative_nm",
   "magnitude",
   "magnitude_ste",
+  "mask_decay",
+  "mdgf",
   "no_prune",
   "random_",
   "random_ste",
   "rigl",
   "saliency",
+  "sdgf",
   "set_",
   "snfs",
   "snip",
   "sr_ste",
   "static_sparse",
+  "step",
+  "structure_decay",
   "synflow",
 ]

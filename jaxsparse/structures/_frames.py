@@ -24,6 +24,7 @@ class Frames(_base.AbstractStructure):
   Raises:
     ValueError: if there are fewer than two frames, or boundaries are missing or out of order.
 
+  >>> from jaxsparse.structures import NM
   >>> frames = Frames((NM(4, 8), NM(2, 4)), (100,))
   >>> [int(frames.index(t)) for t in (0, 99, 100)]
   [0, 0, 1]
