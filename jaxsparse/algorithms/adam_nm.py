@@ -66,8 +66,8 @@ def ast(
   References:
     Huang et al., Pruning Large Language Models with Semi-Structural Adaptive Sparse Training, 2024,
     https://arxiv.org/abs/2407.20584. Differs from the paper: distillation from the dense model (0.33 task loss + 0.67 KL at
-    temperature 2) is the training loop's, and masks follow |w|, not Wanda's |w| ||x||. The published code's pull has the
-    wrong sign on masked weights; this one has the paper's.
+    temperature 2) is the training loop's, SLoRB is `jaxsparse.nn.init_slorb`, and masks follow |w|, not Wanda's |w| ||x||.
+    The published code's pull has the wrong sign on masked weights; this one has the paper's.
   """
   return _updater.Updater(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
@@ -106,7 +106,7 @@ def cast(
   References:
     Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language Models,
     2025, https://arxiv.org/abs/2509.25996. Differs from the paper: distillation from the dense model is the training
-    loop's; the learned scale of each group is `jaxsparse.nn`'s; the default strength is not known.
+    loop's; learned scales of groups are `jaxsparse.nn.scale_groups`; the default strength is not known.
   """
   return _updater.Updater(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),
