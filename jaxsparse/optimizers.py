@@ -150,14 +150,18 @@ def scale_by_adam_nm(
     frozen_at, changes = state.frozen_at, state.changes
     if freeze_nu is not None:
       frozen = state.frozen_at >= 0
-      changes = changes.at[state.count % window].set(_change(nu, state.nu, masks, freeze_nu.mean))
+      # Sums over all weights are slow beside the elementwise rest: none after the switch, means only in that update.
+      measure = lambda: _change(squared, state.nu, b2, masks, freeze_nu.mean)
+      changes = changes.at[state.count % window].set(jax.lax.cond(frozen, lambda: jnp.float32(0), measure))
       settled = (state.count >= freeze_nu.earliest) & (jnp.mean(changes) < eps)
       if freeze_nu.latest is not None:
         settled |= state.count >= freeze_nu.latest
       now = settled & ~frozen
       frozen_at = jnp.where(now, state.count, state.frozen_at)
+      lowest = jax.lax.cond(now, lambda: _floors(squared, state.nu, b2, nu_floor), lambda: _zeros(state.nu))
       scale = jax.tree.map(lambda old, s: jnp.where(frozen, old, s), state.nu, scale)
-      nu = jax.tree.map(lambda old, new: jnp.where(frozen, old, _raised(new, now, nu_floor)), state.nu, nu)
+      raised = jax.tree.map(lambda new, low: jnp.maximum(new, low.astype(new.dtype)), nu, lowest)
+      nu = jax.tree.map(lambda old, new: jnp.where(frozen, old, new), state.nu, raised)
     out = jax.tree.map(lambda u, s: u / (jnp.sqrt(s) + eps), direction, scale)
     return out, AdamNMState(t, mu, nu, frozen_at, changes, options)
 
@@ -227,25 +231,31 @@ def _pulled(mu, params, masks, kind, strength, mix):
   )
 
 
-def _change(nu, old, masks, mean):
-  """shape=(), float32: the mean of |nu - old| over all entries of leaves that have a mask (all leaves without masks)."""
+def _change(signal, nu, b2, masks, mean):
+  """shape=(), float32: the mean of |nu_t - nu_(t-1)| = (1 - b2) |signal^2 - nu_(t-1)| over all entries of leaves that have
+  a mask (all leaves without masks)."""
   leaves, structure = _flatten(nu)
-  before = structure.flatten_up_to(old)
+  values = structure.flatten_up_to(signal)
   nodes = leaves if masks is None else structure.flatten_up_to(masks)
-  counted = [
-    (n, o) for n, o, m in zip(leaves, before, nodes) if not (_tree.is_masked_node(n) or _tree.is_masked_node(m))
+  steps = [
+    (1 - b2) * jnp.abs(jnp.square(s.astype(jnp.float32)) - n.astype(jnp.float32))
+    for s, n, m in zip(values, leaves, nodes)
+    if not (_tree.is_masked_node(n) or _tree.is_masked_node(m))
   ]
-  if not counted:
-    return jnp.float32(jnp.inf)
-  steps = [jnp.abs(n.astype(jnp.float32) - o.astype(jnp.float32)) for n, o in counted]
   size = sum(s.size for s in steps)
+  if not size:
+    return jnp.float32(jnp.inf)
   if mean == "geometric":
     tiny = jnp.finfo(jnp.float32).tiny
     return jnp.exp(sum(jnp.sum(jnp.log(jnp.maximum(s, tiny))) for s in steps) / size)
   return sum(jnp.sum(s) for s in steps) / size
 
 
-def _raised(nu, now, floor):
-  """`nu`, at the switch no smaller than a share of its mean."""
-  lowest = (floor * jnp.mean(nu.astype(jnp.float32))).astype(nu.dtype)
-  return jnp.where(now, jnp.maximum(nu, lowest), nu)
+def _floors(signal, nu, b2, floor):
+  """For each leaf `floor` times the mean of the new second moment; float32 scalars."""
+  mean = lambda x: jnp.mean(x.astype(jnp.float32))
+  return jax.tree.map(lambda s, n: floor * (b2 * mean(n) + (1 - b2) * mean(jnp.square(s))), signal, nu)
+
+
+def _zeros(tree):
+  return jax.tree.map(lambda _: jnp.float32(0), tree)
