@@ -25,6 +25,7 @@ import jaxsparse as js
 _ROUNDS = flags.DEFINE_integer("rounds", 60, "Timed rounds over all variants.")
 _N = flags.DEFINE_integer("n", 2, "Entries kept of each group.")
 _M = flags.DEFINE_integer("m", 4, "Group size.")
+_ONLY = flags.DEFINE_list("only", [], "Variants to time beside the dense one: parts of their names; all if empty.")
 _OUT = flags.DEFINE_string("out", "results/ste_step", "Where the JSON and the plot go, without suffix.")
 
 _SIZES = (784, 2048, 2048, 10)
@@ -86,7 +87,8 @@ def main(argv):
   params = _init_params(key)
   x = jax.random.normal(jax.random.fold_in(key, 1), (128, _SIZES[0]))
   y = jax.random.randint(jax.random.fold_in(key, 2), (128,), 0, _SIZES[-1])
-  variants = {name: _variant(*pair, params, x, y) for name, pair in _variants().items()}
+  chosen = {n: p for n, p in _variants().items() if n == "dense" or not _ONLY.value or any(o in n for o in _ONLY.value)}
+  variants = {name: _variant(*pair, params, x, y) for name, pair in chosen.items()}
   carries = {name: variant[1] for name, variant in variants.items()}
   seconds = {name: [] for name in variants}
   for _ in tqdm.trange(_ROUNDS.value):

@@ -89,7 +89,7 @@ def scale_by_adam_nm(
       None adds the pull to all of m.
     freeze_nu: when to fix `nu` (STEP). Afterwards the update is m / (1 - b1^t) / (sqrt(nu) + eps), with `nu` as it was,
       uncorrected.
-    nu_floor: at the switch, `nu` is raised to this share of its mean in each leaf. With 0, units that were dead in the
+    nu_floor: in the switching update `nu` is raised to this share of its mean in each leaf. With 0, units that were dead in the
       first phase get an unbounded step when a mask wakes them.
 
   Returns:
@@ -159,9 +159,11 @@ def scale_by_adam_nm(
       now = settled & ~frozen
       frozen_at = jnp.where(now, state.count, state.frozen_at)
       lowest = jax.lax.cond(now, lambda: _floors(squared, state.nu, b2, nu_floor), lambda: _zeros(state.nu))
-      scale = jax.tree.map(lambda old, s: jnp.where(frozen, old, s), state.nu, scale)
-      raised = jax.tree.map(lambda new, low: jnp.maximum(new, low.astype(new.dtype)), nu, lowest)
-      nu = jax.tree.map(lambda old, new: jnp.where(frozen, old, new), state.nu, raised)
+      # The step reads the moment that is stored, so that XLA can write it in place of the old one.
+      hold = lambda old, new, low: jnp.where(frozen, old, jnp.maximum(new, low.astype(new.dtype)))
+      nu = jax.tree.map(hold, state.nu, nu, lowest)
+      correction = jnp.where(frozen, 1, 1 - b2**t)
+      scale = jax.tree.map(lambda n: n / correction.astype(n.dtype), nu)
     out = jax.tree.map(lambda u, s: u / (jnp.sqrt(s) + eps), direction, scale)
     return out, AdamNMState(t, mu, nu, frozen_at, changes, options)
 

@@ -103,6 +103,16 @@ def test_dampen_is_safe_at_the_ends():
   np.testing.assert_array_equal(gradient(10), jnp.array([0, 1, 0], jnp.bfloat16))
 
 
+def test_sr_ste_moves_fewer_mask_bits():
+  """The decay settles the masks: fewer bits flip than with the plain straight-through gradient, on the same batches."""
+  flips = {}
+  for decay in (0.0, 0.1):
+    _, _, history = run(js.sr_ste(structure=js.NM(1, 4), decay=decay), steps=40)
+    kernels = [{k: m["kernel"] for k, m in masks.items()} for masks, _ in history]
+    flips[decay] = sum(float(js.mask_churn(a, b)) for a, b in zip(kernels, kernels[1:]))
+  assert 0 < flips[0.1] < 0.8 * flips[0.0], flips
+
+
 # -- changing patterns ---------------------------------------------------------------------------------------------------
 
 FRAMES = {

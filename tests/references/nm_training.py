@@ -67,24 +67,18 @@ def one_shot(params, batches, lr, *, at, pattern):
 
 
 class Adam:
-  """One leaf. `decay(t, m, w, mask)` gives what takes the first moment's place; `frozen` keeps nu."""
+  """One leaf of Adam in which `decay(t, m, w)` takes the first moment's place where the mask is off."""
 
   def __init__(self, shape, b1, b2, eps):
     self.b1, self.b2, self.eps = b1, b2, eps
-    self.m, self.v, self.t, self.frozen = np.zeros(shape), np.zeros(shape), 0, False
+    self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
 
-  def direction(self, g, w=None, mask=None, decay=None):
+  def direction(self, g, w, mask, decay):
     self.t += 1
     self.m = self.b1 * self.m + (1 - self.b1) * g
-    signal, squared = self.m, g**2
-    if decay is not None:
-      signal = self.m if mask is None else np.where(mask, self.m, decay(self.t - 1, self.m, w))
-      squared = signal**2
+    signal = self.m if mask is None else np.where(mask, self.m, decay(self.t - 1, self.m, w))
+    self.v = self.b2 * self.v + (1 - self.b2) * signal**2
     corrected = signal / (1 - self.b1**self.t)
-    if self.frozen:
-      return corrected / (np.sqrt(self.v) + self.eps)
-    self.before = self.v
-    self.v = self.b2 * self.v + (1 - self.b2) * squared
     return corrected / (np.sqrt(self.v / (1 - self.b2**self.t)) + self.eps)
 
 
@@ -117,21 +111,30 @@ def adam_nm(params, batches, lr, *, due, pattern, decay, dense_forward=False, b1
 
 
 def step(params, batches, lr, *, pattern, earliest, latest, floor, b1=0.9, b2=0.999, eps=1e-8, every=1):
-  """STEP: Adam until mean|nu_t - nu_(t-1)| over kernels, averaged over 1 / (1 - b2) updates, is below eps."""
+  """STEP: Adam until mean|nu_t - nu_(t-1)| over kernels, averaged over 1 / (1 - b2) updates, is below eps.
+
+  In that update nu is raised to `floor` times its mean in each leaf; afterwards it is fixed and uncorrected.
+  """
   masks = select_all(params, None)
-  adams = {k: {n: Adam(w.shape, b1, b2, eps) for n, w in p.items()} for k, p in params.items()}
+  zeros = {k: {n: np.zeros(w.shape) for n, w in p.items()} for k, p in params.items()}
+  mu, nu = zeros, zeros
   changes, frozen_at, window = [], None, round(1 / (1 - b2))
   for t, (x, y) in enumerate(batches):
     grads = network.gradients(masked(params, masks), x, y)
-    params = {k: {n: w - lr * adams[k][n].direction(grads[k][n]) for n, w in p.items()} for k, p in params.items()}
+    mu = {k: {n: b1 * m + (1 - b1) * grads[k][n] for n, m in leaf.items()} for k, leaf in mu.items()}
+    correction = 1.0
     if frozen_at is None:
-      steps = np.concatenate([np.abs(a["kernel"].v - a["kernel"].before).ravel() for a in adams.values()])
-      changes.append(steps.mean())
+      correction, old = 1 - b2 ** (t + 1), nu
+      nu = {k: {n: b2 * v + (1 - b2) * grads[k][n] ** 2 for n, v in leaf.items()} for k, leaf in nu.items()}
+      changes.append(np.concatenate([np.abs(nu[k]["kernel"] - old[k]["kernel"]).ravel() for k in nu]).mean())
       settled = len(changes) >= window and np.mean(changes[-window:]) < eps
       if t >= latest or (t >= earliest and settled):
         frozen_at = t
-        for adam in (a for leaf in adams.values() for a in leaf.values()):
-          adam.v, adam.frozen = np.maximum(adam.v, floor * adam.v.mean()), True
+        nu = {k: {n: np.maximum(v, floor * v.mean()) for n, v in leaf.items()} for k, leaf in nu.items()}
+    params = {
+      k: {n: w - lr * mu[k][n] / (1 - b1 ** (t + 1)) / (np.sqrt(nu[k][n] / correction) + eps) for n, w in p.items()}
+      for k, p in params.items()
+    }
     if frozen_at is not None and (t - frozen_at) % every == 0:
       masks = select_all(params, pattern)
     yield masks, params
