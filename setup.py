@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxsparse/__init__.py").re
 
 EXTRAS = {
   "nn": ["flax>=0.12"],
+  "safetensors": ["safetensors>=0.5"],
   "quickstart": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.66"],
   "lint": ["ruff>=0.12"],
   "experiments": [
@@ -22,7 +23,7 @@ EXTRAS = {
   ],
 }
 EXTRAS["colabs"] = [*EXTRAS["experiments"], "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
-EXTRAS["test"] = [*EXTRAS["colabs"], "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6"]
+EXTRAS["test"] = [*EXTRAS["colabs"], *EXTRAS["safetensors"], "hypothesis>=6.100", "pytest>=8.2", "pytest-xdist>=3.6"]
 
 setuptools.setup(
   name="jaxsparse",
@@ -32,6 +33,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["jaxsparse", "jaxsparse.*"]),
+  package_data={"jaxsparse.ops.nm_matmul": ["measured/*.json"]},
   python_requires=">=3.11",
   install_requires=["absl-py>=2.1", "chex>=0.1.90", "jax>=0.10.2", "ml_collections>=1.0", "numpy>=2.0", "optax>=0.2.5"],
   extras_require=EXTRAS,

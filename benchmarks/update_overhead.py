@@ -113,7 +113,7 @@ def main(argv):
     pathlib.Path(_OUT.value + ".png"),
     [r["variant"] for r in shown],
     [r["step paired ratio"] for r in shown],
-    "Training step between refreshes, against Adam alone (5.8M parameters, batch 128)",
+    "Step between refreshes, against Adam alone (5.8M parameters)",
     "step time / dense step time",
     1.02,
   )

@@ -1,14 +1,20 @@
 """jaxsparse: pruning and sparse training for JAX, as Optax transformations."""
 
 from jaxsparse import algorithms
+from jaxsparse import arrays
 from jaxsparse import distributions
 from jaxsparse import forwards
 from jaxsparse import metrics
+from jaxsparse import ops
 from jaxsparse import optimizers
+from jaxsparse import quant
 from jaxsparse import schedules
 from jaxsparse import scorers
 from jaxsparse import selection
 from jaxsparse import structures
+from jaxsparse._compress import CompressionReport
+from jaxsparse._compress import LeafReport
+from jaxsparse._compress import compress
 from jaxsparse._state import SparsityState
 from jaxsparse._state import get_masks
 from jaxsparse._state import get_sparsity_state
@@ -43,6 +49,7 @@ from jaxsparse.algorithms import static_sparse
 from jaxsparse.algorithms import step
 from jaxsparse.algorithms import structure_decay
 from jaxsparse.algorithms import synflow
+from jaxsparse.arrays import NMArray
 from jaxsparse.config import create_updater
 from jaxsparse.config import updater_config
 from jaxsparse.distributions import ERK

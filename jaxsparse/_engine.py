@@ -325,7 +325,7 @@ def _sparse_leaves(updater, leaves, plans, state, grads, extra) -> list[Leaf]:
       f"{name} scores by gradients: pass them as tx.update(updates, state, params, grads=grads), or use wrap_optax."
     )
   grad_values = None if grads is None else _tree.match(leaves, grads, "the gradients")
-  needed = {name: _find_extra(name, leaves, state.inner_state, extra) for s in used for name in s.needs}
+  needed = {name: _find_extra(name, leaves, plans, state.inner_state, extra) for s in used for name in s.needs}
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.count)
   drop_states, grow_states = (_get_states(leaves, s) for s in (state.drop_state, state.grow_state))
   return [
@@ -344,15 +344,23 @@ def _sparse_leaves(updater, leaves, plans, state, grads, extra) -> list[Leaf]:
   ]
 
 
-def _find_extra(name: str, leaves, inner_state, extra) -> list[Any]:
-  """An input that a scorer declares: a keyword of tx.update, or a part of the inner optimizer's state."""
-  tree = extra[name] if name in extra else optax.tree.get(inner_state, name, None)
-  if tree is None:
-    raise ValueError(
-      f"A scorer needs {name!r}: pass tx.update(..., {name}=tree like the parameters), or wrap an optimizer whose "
-      f"state has it (Adam's has 'mu' and 'nu')."
-    )
-  return _tree.match(leaves, tree, repr(name))
+def _find_extra(name: str, leaves, plans, inner_state, extra) -> list[Any]:
+  """An input that a scorer declares: a keyword of tx.update, or a part of the inner optimizer's state.
+
+  Optimizers over different leaves (`optax.partition`, Muon with its Adam) each keep a part of it.
+  """
+  trees = [extra[name]] if name in extra else [tree for _, tree in optax.tree.get_all_with_path(inner_state, name)]
+  columns = [_tree.match(leaves, tree, repr(name)) for tree in trees]
+  values = []
+  for i, (label, plan) in enumerate(zip(leaves.labels, plans)):
+    found = [column[i] for column in columns if not _tree.is_masked_node(column[i])]
+    if plan.structure is not None and len(found) != 1:
+      raise ValueError(
+        f"A scorer needs {name!r} of {label}, and the inner optimizer keeps {len(found) or 'none'}: pass tx.update(..., "
+        f"{name}=tree like the parameters), or wrap an optimizer whose state has one (Adam's has 'mu' and 'nu')."
+      )
+    values.append(found[0] if found else optax.MaskedNode())
+  return values
 
 
 def _initial_masks(updater, leaves, plans, data) -> list[Any]:

@@ -20,7 +20,8 @@ from jaxsparse import _tree
 class PackedMask:
   """A mask at one bit per entry.
 
-  Bytes run along the last axis, so leading axes keep their sharding. With C columns and B = ceil(C / 8) bytes a row,
+  Bytes run along the last axis, so leading axes keep their sharding; a leaf that is split along its last axis exchanges
+  bits whenever its mask is unpacked (keep bool masks there). With C columns and B = ceil(C / 8) bytes a row,
   bit b of byte j holds column b * B + j: unpacking then reads whole contiguous rows, once per bit.
 
   Attributes:

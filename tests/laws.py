@@ -217,7 +217,9 @@ def start(updater, tx, params, loss=loss_fn, batches=None):
 def needed(updater, state, grads):
   """The keyword arguments that the scorers ask for and the optimizer does not keep."""
   asked = {n for s in (updater.drop, updater.grow) for n in getattr(s, "needs", ())}
-  return {n: jax.tree.map(jnp.square, grads) for n in asked if optax.tree.get(state, n, None) is None}
+  trees = lambda n: [tree for _, tree in optax.tree.get_all_with_path(state, n)]
+  kept = lambda n: sum(leaf.ndim >= 2 for leaf in jax.tree.leaves(trees(n)))
+  return {n: jax.tree.map(jnp.square, grads) for n in asked if kept(n) != len(grads)}
 
 
 def make_step(updater, tx, loss=loss_fn, cast=lambda grads: grads):

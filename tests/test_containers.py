@@ -160,6 +160,31 @@ def test_nnx_optimizer(name):
     assert (np.asarray(kernel[...])[~np.asarray(mask)] == 0).all()
 
 
+def test_nnx_variables_do_not_come_out():
+  """What is read from the optimizer state is arrays, as the docstrings say, whatever nnx puts around them."""
+  model = Net(nnx.Rngs(0))
+  updater = js.rigl(sparsity=0.75, every=2, start=1, stop=8)
+  optimizer = nnx.Optimizer(model, updater.wrap_optax(optax.adam(0.01)), wrt=nnx.Param)
+  masks = js.get_masks(optimizer.opt_state)
+  assert isinstance(masks["hidden"]["kernel"], jax.Array) and isinstance(masks["hidden"]["bias"], optax.MaskedNode)
+  state = js.get_sparsity_state(optimizer.opt_state)
+  assert isinstance(state.count, jax.Array) and isinstance(state.masks["out"]["kernel"], jax.Array)
+
+
+@pytest.mark.parametrize("kind", ["plain", "linen", "nnx"])
+def test_one_rule_fits_every_kind_of_model(kind):
+  """The box that flax puts around an array is not part of the name."""
+  plain = {"hidden": {"kernel": A, "bias": A[0]}, "out": {"kernel": B, "bias": B[0]}}
+  box = {"plain": lambda a: a, "linen": lambda a: nn.Partitioned(a, (None,) * a.ndim), "nnx": nnx.Param}[kind]
+  params = jax.tree.map(box, plain)
+  params = nnx.State(params) if kind == "nnx" else params
+  updater = js.magnitude(sparsity=0.5, stop=1, rules=js.Rules((r"out/kernel$", None), (r"^hidden/kernel$", 0.75)))
+  masks = js.get_masks(updater.wrap_optax(optax.sgd(0.1)).init(params))
+  assert [m.shape for m in jax.tree.leaves(masks)] == [A.shape]
+  report = js.summarize_sparsity(updater.instant_sparsify(params)[1])
+  assert {name: float(value) for name, value in report.items()} == {"hidden/kernel": 0.75, "_total_sparsity": 0.75}
+
+
 def test_nnx_set_masks():
   model = Net(nnx.Rngs(0))
   updater = js.static_sparse(sparsity=0.5)
@@ -168,6 +193,18 @@ def test_nnx_set_masks():
   flipped = jax.tree.map(lambda m: ~m, first)
   changed = js.set_masks(optimizer.opt_state, flipped)
   jax.tree.map(np.testing.assert_array_equal, js.get_masks(changed), flipped)
+  assert jax.tree.structure(changed) == jax.tree.structure(optimizer.opt_state), "the optimizer's variables are gone"
+  optimizer.opt_state = changed
+  nnx.update(model, updater.sparse_params(nnx.state(model, nnx.Param), optimizer.opt_state))
+
+  @nnx.jit
+  def step(model, optimizer):
+    optimizer.update(model, nnx.grad(lambda model: model(jnp.ones((4, 16))).sum())(model))
+
+  step(model, optimizer)
+  jax.tree.map(np.testing.assert_array_equal, js.get_masks(optimizer.opt_state), flipped)
+  for kernel, mask in zip((model.hidden.kernel, model.out.kernel), jax.tree.leaves(flipped)):
+    assert (np.asarray(kernel[...])[~np.asarray(mask)] == 0).all()
 
 
 def test_loss_scaling_does_not_scale_the_decay():

@@ -209,6 +209,19 @@ def test_restored_training_continues_bit_for_bit(name, packed, save):
   assert run._cache_size() == 1, "a restored state compiles again"
 
 
+@pytest.mark.parametrize("name", ["set", "random"])
+def test_the_saved_key_goes_on_whatever_seed_the_new_process_has(name):
+  updater = js.get_algorithm(name)(**laws.EXPECTED[name].arguments)
+  first, second = (updater.wrap_optax(optax.sgd(0.1), key=key) for key in (3, 4))
+  params = laws.make_params()
+  state = first.init(params)
+  run = lambda tx: jax.jit(lambda s: jax.lax.scan(lambda s, _: (tx.update(params, s, params)[1], None), s, length=6)[0])
+  want, got = (js.get_masks(run(tx)(state)) for tx in (first, second))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  fresh = js.get_masks(run(second)(second.init(params)))
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(want)))
+
+
 def test_msgpack_of_the_state_itself():
   """Unpacked state goes through flax.serialization as it is."""
   tx = js.snfs(sparsity=0.8, every=2, stop=9).wrap_optax(optax.adam(0.01))

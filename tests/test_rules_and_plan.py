@@ -188,6 +188,24 @@ def test_missing_scorer_input():
   tx.update(params, state, params, nu=params)
 
 
+def test_scorer_input_kept_by_parts_of_an_optimizer():
+  """Adam over each half keeps two halves of nu; SGD over one of them leaves a gap; two Adams over all are ambiguous."""
+  params = zeros(v=(4, 4), w=(4, 4))
+
+  def update(inner, **extra):
+    tx = js.adam_fisher(sparsity=0.5, stop=9).wrap_optax(inner)
+    return tx.update(params, tx.init(params), params, **extra)
+
+  parts = lambda first, second: optax.partition({"x": first, "y": second}, {"v": "x", "w": "y"})
+  update(parts(optax.adam(0.1), optax.adam(0.2)))
+  half = parts(optax.adam(0.1), optax.sgd(0.2))
+  with pytest.raises(ValueError, match=r"needs 'nu' of params\['w'\], and the inner optimizer keeps none"):
+    update(half)
+  update(half, nu=params)
+  with pytest.raises(ValueError, match=r"needs 'nu' of params\['v'\], and the inner optimizer keeps 2"):
+    update(optax.chain(optax.adam(0.1), optax.adam(0.1)))
+
+
 def test_missing_gradients_before_training():
   with pytest.raises(ValueError, match="pass loss_fn="):
     js.snip(sparsity=0.5).instant_sparsify(zeros(w=(4, 4)))

@@ -1,0 +1,135 @@
+"""A Llama-style decoder as pure functions of arrays, whose products can be sparse.
+
+Weights are `[in, out]`. Each is a dense array, or anything `jaxsparse.ops.nm_matmul` takes; the queries, keys and values
+are one product, and so are the gate and the up projection. `product` says how a weight is multiplied with: `matmul` for
+finished weights, `prune_matmul` for dense weights that train as 2:4 ones.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments import decode_attention
+from jaxsparse import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Shapes of a decoder; the defaults are those of an 8B model.
+
+  Attributes:
+    dim: width of the residual stream, D.
+    heads: query heads, H.
+    kv_heads: key and value heads, each shared by H / kv_heads query heads.
+    head_dim: width of a head.
+    hidden: width inside the MLP, F.
+    rope_theta: base of the rotary frequencies.
+  """
+
+  dim: int = 4096
+  heads: int = 32
+  kv_heads: int = 8
+  head_dim: int = 128
+  hidden: int = 14336
+  rope_theta: float = 500_000.0
+
+  @property
+  def qkv_dims(self) -> tuple[int, int, int]:
+    return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+
+class Layer(NamedTuple):
+  attention_norm: jax.Array  # [D]
+  qkv: Any  # [D, (H + 2 kv_heads) head_dim]
+  out: Any  # [H head_dim, D]
+  mlp_norm: jax.Array  # [D]
+  gate_up: Any  # [D, 2 F]
+  down: Any  # [F, D]
+
+
+def init_layer(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16) -> Layer:
+  """Random weights of variance 1 / fan-in."""
+  shapes = {
+    "qkv": (config.dim, sum(config.qkv_dims)),
+    "out": (config.heads * config.head_dim, config.dim),
+    "gate_up": (config.dim, 2 * config.hidden),
+    "down": (config.hidden, config.dim),
+  }
+  keys = dict(zip(shapes, jax.random.split(key, len(shapes))))
+  weights = {name: jax.random.normal(keys[name], s, dtype) * s[0] ** -0.5 for name, s in shapes.items()}
+  return Layer(attention_norm=jnp.ones(config.dim, dtype), mlp_norm=jnp.ones(config.dim, dtype), **weights)
+
+
+def matmul(x: jax.Array, w: Any) -> jax.Array:
+  """`x @ w` for a dense array, an NMArray or a packed weight."""
+  return x @ w if isinstance(w, jax.Array) else ops.nm_matmul(x, w)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+  wide = x.astype(jnp.float32)
+  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5)).astype(x.dtype) * scale
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+  """Rotates `[B, T, heads, head_dim]` by positions `[T]`, the halves of a head being the two coordinates."""
+  half = x.shape[-1] // 2
+  angles = positions[:, None] * theta ** (-jnp.arange(half) / half)
+  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
+
+
+def mlp(gate_up: Any, down: Any, x: jax.Array, product: Callable = matmul) -> jax.Array:
+  """`(silu(x @ gate) * (x @ up)) @ down`."""
+  gate, up = jnp.split(product(x, gate_up), 2, -1)
+  return product(jax.nn.silu(gate) * up, down)
+
+
+def _heads(layer, x, positions, config, product):
+  """Queries `[B, T, H, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`."""
+  qkv = product(rms_norm(x, layer.attention_norm), layer.qkv)
+  q, k, v = jnp.split(qkv, [config.qkv_dims[0], sum(config.qkv_dims[:2])], -1)
+  q, k, v = (a.reshape(*x.shape[:2], -1, config.head_dim) for a in (q, k, v))
+  return rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta), v
+
+
+def block(layer: Layer, x: jax.Array, config: Config, product: Callable = matmul) -> jax.Array:
+  """One layer over whole sequences, causal: `[B, T, D]` -> `[B, T, D]`."""
+  q, k, v = _heads(layer, x, jnp.arange(x.shape[1]), config, product)
+  attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  x = x + product(attended.reshape(*x.shape[:2], -1), layer.out)
+  return x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm), product)
+
+
+def decode_block(
+  layer: Layer,
+  cache: jax.Array,
+  x: jax.Array,
+  position: jax.Array,
+  config: Config,
+  product: Callable = matmul,
+  attend: Callable = decode_attention.reference,
+) -> tuple[jax.Array, jax.Array]:
+  """One layer of one decoding step.
+
+  Args:
+    layer: the weights.
+    cache: `[B, 2, kv_heads, T, head_dim]`, keys and values of the positions before.
+    x: `[B, D]`, the residual stream at `position`.
+    position: int32 scalar, the same for the whole batch.
+    config: shapes.
+    product: how weights are multiplied with.
+    attend: `decode_attention.reference`, or on an H100 `decode_attention.attention`.
+
+  Returns:
+    The cache with this position written, and `[B, D]`.
+  """
+  q, k, v = _heads(layer, x[:, None], position[None], config, product)
+  written = jnp.stack([k, v], 1).swapaxes(2, 3)  # one write for both
+  cache = jax.lax.dynamic_update_slice(cache, written, (0, 0, 0, position, 0))
+  q = q.reshape(x.shape[0], config.kv_heads, -1, config.head_dim)  # query heads that share a key head
+  x = x + product(attend(q, cache, position).reshape(x.shape[0], -1), layer.out)
+  return cache, x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm), product)

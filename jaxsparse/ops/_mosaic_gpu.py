@@ -1,0 +1,255 @@
+"""The one module that touches Pallas' Mosaic GPU backend and what lies under it.
+
+That backend moves between releases of JAX, so kernels import it from here: `pl` and `plgpu` are Pallas, the functions
+below are the few MLIR and PTX words that Pallas has no name for (sparse tensor cores, transposing stores). They are
+meant to be called inside `plgpu.inline_mgpu`. Importing this module imports Pallas: do it where a kernel is built.
+
+Where `unavailable()` is not None nothing else in this module may be used.
+"""
+
+import functools
+import importlib
+
+import jax
+import numpy as np
+
+MINIMUM_JAX = (0, 11)
+WARPGROUP = 128  # threads that issue one wgmma together
+SWIZZLE_BYTES = 128  # row of a swizzled shared-memory tile: one bank sweep
+ATOM_BYTES = 8 * SWIZZLE_BYTES  # the swizzle pattern repeats after 8 rows
+_SWIZZLE_CODES = {128: 1, 64: 2, 32: 3}  # of a wgmma matrix descriptor, bits 62-63
+
+
+@functools.cache
+def unavailable() -> str | None:
+  """Why Mosaic GPU kernels cannot be built with this JAX, as a sentence; None if they can."""
+  if jax.__version_info__[:2] < MINIMUM_JAX:
+    needed = ".".join(map(str, MINIMUM_JAX))
+    return f"GPU kernels need jax >= {needed} (and so Python >= 3.12), this is {jax.__version__}."
+  try:
+    importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    importlib.import_module("jax.experimental.mosaic.gpu.fragmented_array")
+  except ImportError as error:
+    return f"Pallas' Mosaic GPU backend cannot be imported: {error}."
+  return None
+
+
+if unavailable() is None:
+  from jax.experimental import pallas as pl  # noqa: F401  (kernels take it from here)
+  from jax.experimental.mosaic.gpu import fragmented_array as _fragments
+  from jax.experimental.mosaic.gpu import utils as _utils
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+  from jaxlib.mlir import ir
+  from jaxlib.mlir.dialects import arith, llvm, nvvm
+
+  Interpret = plgpu.InterpretGPUParams
+  # Kernels here never read shared memory that they wrote themselves, so they place their barriers by hand.
+  COMPILER_PARAMS = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+  )
+
+
+def sm_count() -> int:
+  """Streaming multiprocessors of the GPU that is lowered for; 132 (H100, H200) where none is at hand."""
+  abstract = jax.sharding.get_abstract_mesh().abstract_device
+  if abstract is not None:
+    return abstract.num_cores or 132
+  device = jax.devices()[0]
+  return device.core_count if device.platform == "gpu" else 132
+
+
+# -- Words of the device code (only inside inline_mgpu) ---------------------------------------------------------------
+
+
+def const32(value: int):
+  return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def const64(value: int):
+  return arith.constant(ir.IntegerType.get_signless(64), value)
+
+
+def add64(x, offset: int):
+  return arith.addi(x, const64(offset)) if offset else x
+
+
+def thread_index():
+  """Index of this thread in its block, i32."""
+  return _utils.thread_idx()
+
+
+def shared_address(ref):
+  """Byte address of a shared-memory ref inside the shared window, i32."""
+  return llvm.ptrtoint(ir.IntegerType.get_signless(32), _utils.memref_ptr(ref))
+
+
+def inline_ptx(instruction: str, operands, constraints: str, result=None):
+  """One volatile PTX instruction; `result` is an MLIR type or None."""
+  return llvm.inline_asm(
+    ir.Type.parse("!llvm.void") if result is None else result,
+    operands,
+    instruction,
+    constraints,
+    asm_dialect=0,
+    has_side_effects=True,
+  )
+
+
+def matrix_descriptor(ref, *, leading: int, stride: int, swizzle: int):
+  """wgmma descriptor of a swizzled tile in shared memory (PTX ISA, "Matrix descriptor format"), i64.
+
+  Args:
+    ref: shared-memory memref whose rows are `swizzle` bytes; aligned to 8 rows.
+    leading: bytes between swizzle atoms along the dimension that runs fastest (0 where an instruction meets only one).
+    stride: bytes between swizzle atoms along the other dimension.
+    swizzle: 128, 64 or 32.
+  """
+  address = arith.extui(ir.IntegerType.get_signless(64), shared_address(ref))
+  base = arith.shrui(arith.andi(address, const64(0x3FFFF)), const64(4))
+  constant = (_encode(leading) << 16) | (_encode(stride) << 32)
+  # The code lies in the sign bits, which the constant builder does not take as a positive number.
+  code = arith.shli(const64(_SWIZZLE_CODES[swizzle]), const64(62))
+  return arith.ori(base, arith.ori(const64(constant), code))
+
+
+def _encode(num_bytes: int) -> int:
+  if num_bytes % 16 or not 0 <= num_bytes < 1 << 18:
+    raise ValueError(f"A matrix descriptor cannot hold an offset of {num_bytes} bytes.")
+  return num_bytes >> 4
+
+
+def descriptor_offset(num_bytes: int) -> int:
+  """What to add to a descriptor to move its base by `num_bytes`."""
+  return _encode(num_bytes)
+
+
+def load_matrices_transposed(address, count: int):
+  """ldmatrix of `count` (1, 2, 4) transposed 8x8 matrices of 16-bit entries: a list of i32."""
+  i32 = ir.IntegerType.get_signless(32)
+  names = ", ".join(f"${i}" for i in range(count))
+  ptx = f"ldmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {{{names}}}, [${count}];"
+  if count == 1:
+    return [inline_ptx(ptx, [address], "=r,r", i32)]
+  struct = llvm.StructType.get_literal([i32] * count)
+  words = inline_ptx(ptx, [address], ",".join(["=r"] * count + ["r"]), struct)
+  return [llvm.extractvalue(i32, words, [i]) for i in range(count)]
+
+
+def store_matrices_transposed(address, offset: int, words):
+  """stmatrix of `len(words)` (1, 2, 4) transposed 8x8 matrices of 16-bit entries, two to a word."""
+  names = ", ".join(f"${i + 1}" for i in range(len(words)))
+  ptx = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0 + {offset}], {{{names}}};"
+  inline_ptx(ptx, [address, *words], ",".join(["r"] * (1 + len(words))))
+
+
+def store_f32(address, offset: int, value):
+  """Stores one f32 to shared memory."""
+  inline_ptx(f"st.shared.f32 [$0 + {offset}], $1;", [address, value], "r,f")
+
+
+def accumulator_registers(accumulator):
+  """Fences an f32 accumulator against wgmma; returns its registers, one f32 each, as an array [rows / 64, columns / 2].
+
+  LLVM may pack neighbouring registers into vectors before wgmma, and ptxas then serialises the instructions: the
+  one-element layout keeps them apart.
+  """
+  accumulator = accumulator.to_layout(_fragments.WGMMA_LAYOUT_ACC_32BIT)
+  accumulator = _fragments.optimization_barrier(accumulator)
+  nvvm.wgmma_fence_aligned()
+  registers = accumulator.registers
+  return accumulator, registers.reshape(registers.shape[0], -1)
+
+
+def finish_wgmma(accumulator, registers):
+  """Commits and awaits the wgmma instructions of this warpgroup; returns the accumulator with its new registers."""
+  nvvm.wgmma_commit_group_sync_aligned()
+  nvvm.wgmma_wait_group_sync_aligned(0)
+  result = _fragments.FragmentedArray(
+    _registers=registers.reshape(accumulator.registers.shape), _layout=accumulator.layout, _is_signed=None
+  )
+  # Nothing may read the registers before the wait above.
+  return _fragments.optimization_barrier(result).to_layout(_fragments.WGMMA_LAYOUT)
+
+
+def sparse_wgmma(registers, a, b, metadata, *, selector: int, columns: int, dtype: str, a_transposed: bool):
+  """wgmma.mma_async.sp of 64 x columns x 32: returns the accumulator's new registers.
+
+  Args:
+    registers: `columns / 2` accumulator registers (vectors of one f32).
+    a: descriptor of the 2:4 operand, 64 x 16 stored entries.
+    b: descriptor of the dense operand, columns x 32 with the reduction contiguous.
+    metadata: i32, 64 x 64 positions shared by two instructions.
+    selector: 0 for the first 32 of the reduction that `metadata` covers, 1 for the rest.
+    columns: multiple of 8, at most 256.
+    dtype: "bf16" or "f16".
+    a_transposed: whether rows, not the reduction, run fastest in `a`.
+  """
+  count = columns // 2
+  field = ir.VectorType.get((1,), ir.F32Type.get())
+  names = ", ".join(f"${i}" for i in range(count))
+  # scale-d, scale-a, scale-b = 1; the last two immediates say which operands are transposed.
+  ptx = (
+    f"wgmma.mma_async.sp.sync.aligned.m64n{columns}k32.f32.{dtype}.{dtype} {{{names}}}, "
+    f"${2 * count}, ${2 * count + 1}, ${2 * count + 2}, {selector}, 1, 1, 1, {int(a_transposed)}, 0;"
+  )
+  constraints = ["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "r"]
+  struct = llvm.StructType.get_literal([field] * count)
+  result = inline_ptx(ptx, [*registers, a, b, metadata], ",".join(constraints), struct)
+  return [llvm.extractvalue(field, result, [i]) for i in range(count)]
+
+
+def as_i32(register):
+  """A register of two 16-bit entries as one word."""
+  return llvm.bitcast(ir.IntegerType.get_signless(32), register)
+
+
+def extract(register, index: int):
+  """Entry `index` of a register that is a vector."""
+  return llvm.extractelement(register, const32(index))
+
+
+def accumulator(values, shape):
+  """f32 values of this thread, in the order of a wgmma accumulator's registers, as an array `shape` of that layout."""
+  layout = _fragments.WGMMA_LAYOUT
+  pair = ir.VectorType.get((2,), ir.F32Type.get())
+  registers = []
+  for i in range(0, len(values), 2):
+    register = llvm.mlir_undef(pair)
+    for j in range(2):
+      register = llvm.insertelement(register, values[i + j], const32(j))
+    registers.append(register)
+  registers = np.array(registers, dtype=object).reshape(layout.registers_shape(shape))
+  return _fragments.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def global_address(ref):
+  """Byte address of a ref in device memory, i64."""
+  return llvm.ptrtoint(ir.IntegerType.get_signless(64), _utils.memref_ptr(ref))
+
+
+def store_global_f32x4(address, offset: int, values):
+  """Stores four f32 to device memory, 16 bytes."""
+  inline_ptx(f"st.global.v4.f32 [$0 + {offset}], {{$1, $2, $3, $4}};", [address, *values], "l,f,f,f,f")
+
+
+def load_global_f32x4(address, offset: int):
+  """Loads four f32 from device memory past the L1 cache, which may hold what was there before."""
+  f32 = ir.F32Type.get()
+  ptx = f"ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+  result = inline_ptx(ptx, [address], "=f,=f,=f,=f,l", llvm.StructType.get_literal([f32] * 4))
+  return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+
+
+def warpgroup_barrier():
+  """All threads of the warpgroup have come here."""
+  _utils.warpgroup_barrier()
+
+
+def warp_index():
+  """Index of this thread's warp in its block, i32, known to be the same across the warp."""
+  return _utils.warp_idx()
+
+
+def pointer(ref):
+  """LLVM pointer to the first element of a ref, in its address space."""
+  return _utils.memref_ptr(ref)

@@ -1,0 +1,410 @@
+"""The decode kernel's instructions: inline PTX inside one `plgpu.inline_mgpu` block.
+
+A block of threads owns `rows` units of 64 outputs and a share of K; its warps split those units and, chunk by chunk in
+turn, that share. Every warp streams its own chunks through a private ring in shared memory (bulk copies that complete on
+the warp's own barriers, so warps never wait for each other), unpacks them (`_decode_program`) and multiplies. x is
+copied to shared memory once per phase of K. Sums over warps go through shared memory, sums over the blocks of a cluster
+through distributed shared memory; the epilogue is applied to the float32 sum.
+"""
+
+import math
+
+from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops._words import (
+  arith,
+  asm,
+  float32,
+  floats,
+  fma,
+  loop,
+  offset64,
+  select,
+  shared_load,
+  when,
+  Word,
+)
+from jaxsparse.ops.nm_matmul import _decode_program as program
+
+
+class Emitter:
+  """The `ops` of `_decode_program`; `base` is the shared-memory address of the current chunk, a Word."""
+
+  def __init__(self, dtype, lane):
+    self.kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+    self.lane, self.base = lane, None
+
+  def _at(self, index, scale):
+    lane = self.lane
+    at = {"lane": lane, "g": lane >> 2, "gs": lane >> 1}[index]
+    return self.base + at * scale
+
+  def load(self, offset, index, count):
+    if count == 8:
+      address = self._at(index, 32)
+      return [w for half in (0, 16) for w in self._vector(address, offset + half, 4)]
+    return self._vector(self._at(index, 4 * count), offset, count)
+
+  def _vector(self, address, offset, count):
+    return shared_load(address, offset, count)
+
+  def short(self, offset):
+    ptx = f"{{ .reg .b16 t; ld.shared.u16 t, [$1 + {offset}]; cvt.u32.u16 $0, t; }}"
+    return asm(ptx, "r", [self.base + self.lane * 2])[0]
+
+  def prmt(self, a, selector, b=None):
+    b = Word(0) if b is None else Word(b)
+    return asm(f"prmt.b32 $0, $1, $2, {selector};", "r", [a, b], effects=False)[0]
+
+  def sub2(self, a, b):
+    b = Word(b) if isinstance(b, int) else b
+    return asm(f"sub.rn.{self.kind}x2 $0, $1, $2;", "r", [a, b], effects=False)[0]
+
+
+def mma_sp(kind, acc, a, b, meta, selector, ordered):
+  """acc + A @ B, four floats."""
+  variant = "sp::ordered_metadata" if ordered else "sp"
+  return asm(
+    f"mma.{variant}.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
+    f"{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9, $10, $11}}, {{$12, $13, $14, $15}}, $16, {selector};",
+    "ffff",
+    [*a, *b, *acc, meta],
+    effects=False,
+  )
+
+
+def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
+  """Emits the whole kernel for a `_decode.Plan`."""
+  lay, chunk, T = plan.layout, plan.layout.chunk, plan.tuning
+  tiles_n = plan.tiles_n
+  thread = Word(mg.thread_index())
+  lane = thread & 31
+  warp = Word(mg.warp_index())
+  g, c = lane >> 2, lane & 3
+  smem = Word(mg.shared_address(smem_ref))
+  x_base, data_base, y_base = mg.global_address(x_ref), mg.global_address(data_ref), mg.global_address(y_ref)
+  (block,) = asm("mov.u32 $0, %ctaid.x;", "r", [], effects=False)
+  if T.split > 1:
+    (rank,) = asm("mov.u32 $0, %cluster_ctarank;", "r", [], effects=False)
+    block = block // T.split
+  else:
+    rank = Word(0)
+  wr, wk = warp % T.rows, warp // T.rows
+  unit = block * T.rows + wr
+
+  # The block's chunks are [first, first + count); this warp takes every `depth`-th step of T.chunks.
+  share, depth = plan.share, T.depth
+  first = rank * share
+  count = (Word(plan.chunks) - first).min(share)
+  mine = (count - wk * T.chunks + (depth * T.chunks - 1)).max(0) // (depth * T.chunks)
+  mine = select(unit.compare("lt", plan.units), mine, 0)
+  leader = lane.compare("eq", 0)
+
+  stage_bytes = T.chunks * chunk.nbytes
+  barriers = smem + warp * (8 * T.stages)
+  ring = smem + plan.ring_offset + warp * (T.stages * stage_bytes)
+  source = offset64(data_base, unit * plan.chunks + first + wk * T.chunks, chunk.nbytes)
+  asm(
+    "{ .reg .pred p; setp.eq.u32 p, $1, 0;\n"
+    + "\n".join(f"@p mbarrier.init.shared::cta.b64 [$0 + {8 * s}], 1;" for s in range(T.stages))
+    + "\nfence.mbarrier_init.release.cluster; fence.proxy.async; bar.warp.sync 0xffffffff; }",
+    "",
+    [barriers, lane],
+  )
+  (policy,) = asm("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", "l", [], effects=False)
+
+  def issue(step, stage):
+    go = select(arith.andi(leader, step.compare("lt", mine)), 1, 0)
+    asm(
+      "{ .reg .pred p; setp.ne.u32 p, $4, 0;\n"
+      f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {stage_bytes};\n"
+      "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      f" [$0], [$1], {stage_bytes}, [$2], $3; }}",
+      "",
+      [ring + stage * stage_bytes, offset64(source, step, depth * stage_bytes), barriers + stage * 8, policy, go],
+    )
+
+  for s in range(T.stages):
+    issue(Word(s), Word(s))
+
+  # x: rows of `phase` chunks in the operand's order, zeros for batch entries that are not there.
+  row_bytes = plan.row_bytes
+  x_smem, zeros = smem + plan.x_offset, smem + plan.zero_offset
+
+  def load_x(phase):
+    buffer = x_smem + (phase & 1) * (plan.batch * row_bytes) if plan.phases > 1 else x_smem
+    _load_x(plan, x_base, buffer, (first + phase * plan.phase) * lay.step, thread, block)
+
+  load_x(Word(0))
+  if plan.batch % 8:
+    clear = thread.compare("lt", plan.zero_bytes // 4)
+    when(clear, lambda: asm("st.shared.u32 [$0], $1;", "", [zeros + thread * 4, Word(0)]))
+
+  # ldmatrix takes row lane % 8 of matrix lane // 8; matrices are 8 positions apart.
+  bases, keeps = [], []
+  for n in range(tiles_n):
+    row = (lane & 7) + 8 * n
+    there = row.compare("lt", plan.batch)
+    # Rows that are not there read zeros, each from banks of its own: ldmatrix does not merge equal rows.
+    bases.append(select(there, x_smem + row * row_bytes, zeros + (lane & 7) * 16) + (lane >> 3) * 16)
+    keeps.append(select(there, 0xFFFFFFFF, 0) if 8 * n + 8 > plan.batch else None)
+
+  ops = Emitter(plan.dtype, lane)
+
+  def multiply(base, x_offset, acc):
+    """acc after one chunk at `base`, with x at byte `x_offset` of its buffers."""
+    ops.base = base
+    fragments = []  # [step of 32][tile n]
+    for step in range(2 * chunk.parts):
+      row = []
+      for n in range(tiles_n):
+        offset = x_offset if keeps[n] is None else x_offset & keeps[n]
+        row.append(
+          asm(
+            f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0, $1, $2, $3}}, [$4 + {64 * step}];",
+            "rrrr",
+            [bases[n] + offset],
+          )
+        )
+      fragments.append(row)
+    scales = [_scale_floats(ops, plan, r) for r in range(chunk.scales)]
+    operands = [
+      [program.operand(ops, layer, lay.m, lay.bits, plan.dtype, part * chunk.part) for layer in chunk.layers]
+      for part in range(chunk.parts)
+    ]
+    for t in range(4):
+      for n in range(tiles_n):
+        at = 4 * (t * tiles_n + n)
+        total = acc[at : at + 4]
+        for r in range(max(1, chunk.scales)):
+          steps = 2 * chunk.parts // max(1, chunk.scales)
+          sums = [float32(0.0)] * 4 if chunk.scales else total
+          for step in range(r * steps, r * steps + steps):
+            for layer, (registers, metas) in zip(chunk.layers, operands[step // 2], strict=True):
+              a, b = registers[t][step % 2], fragments[step][n]
+              sums = mma_sp(ops.kind, sums, a, b, metas[t], step % 2, layer.pairs)
+          if chunk.scales:
+            factor = scales[r][2 * t : 2 * t + 2]
+            total = [fma(sums[i], factor[i // 2], total[i]) for i in range(4)]
+          else:
+            total = sums
+        acc[at : at + 4] = total
+    return acc
+
+  def wait(stage, parity):
+    asm(
+      "{ .reg .pred p;\nWAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra DONE;\nbra WAIT;\nDONE: }",
+      "",
+      [barriers + stage * 8, parity],
+    )
+
+  acc = [float32(0.0)] * (16 * tiles_n)
+  quota = plan.phase // (depth * T.chunks)  # steps of a warp in a phase
+
+  def one_phase(phase, acc):
+    asm("cp.async.wait_all; bar.sync 0;", "", [])
+    buffer = (phase & 1) * (plan.batch * row_bytes) if plan.phases > 1 else Word(0)
+    if plan.phases > 1:
+      when((phase + 1).compare("lt", plan.phases), lambda: load_x(phase + 1))
+
+    def step(i, acc):
+      stage = i % T.stages
+      wait(stage, (i // T.stages) & 1)
+      x_offset = buffer + ((i - phase * quota) * depth + wk) * (T.chunks * lay.step * 2)
+      for j in range(T.chunks):
+        acc = multiply(ring + stage * stage_bytes + j * chunk.nbytes, x_offset + j * lay.step * 2, acc)
+      asm("bar.warp.sync 0xffffffff;", "", [])
+      issue(i + T.stages, stage)
+      return acc
+
+    return loop(phase * quota, (phase * quota + quota).min(mine), acc, step)
+
+  if plan.phases > 1:
+    acc = loop(Word(0), Word(plan.phases), acc, one_phase)
+  else:
+    acc = one_phase(Word(0), acc)
+  _reduce(plan, acc, thread, warp, g, c, block, rank, smem + plan.x_offset, bias_ref, y_base)
+
+
+def _load_x(plan, x_base, buffer, start, thread, block):
+  """Asynchronous copies of a phase of x, from k = `start` on, to the shared-memory address `buffer`."""
+  reduction, threads = plan.layout.shape[0], plan.threads
+  piece = 16 if plan.layout.m == 4 else 8
+  per_row = plan.phase * plan.layout.step * 2 // piece
+  # A thread keeps its place in the row; if that does not come out even, some threads have none.
+  wide = per_row > threads
+  across = threads if wide else per_row
+  down = 1 if wide else threads // per_row
+  column, row0 = (thread, Word(0)) if wide else (thread % across, thread // across)
+
+  def copy(row, at, k):
+    to = at * piece
+    if piece == 8:
+      # Group 4 c + 2 s + h of 64 goes to position 8 s + 4 h + c.
+      to = (at >> 4 << 7) + ((at & 2) << 5) + ((at & 1) << 5) + ((at >> 2 & 3) << 3)
+    inside = select(k.compare("lt", reduction), piece, 0)
+    source = offset64(x_base, row * reduction + k.min(reduction - piece // 2), 2)
+    asm(f"cp.async.ca.shared.global [$0], [$1], {piece}, $2;", "", [buffer + row * plan.row_bytes + to, source, inside])
+
+  def columns(j, _):
+    at = column + j * threads
+    k = start + at * (piece // 2)
+
+    def rows(i, _):
+      row = row0 + i * down
+      there = arith.andi(row.compare("lt", plan.batch), at.compare("lt", per_row))
+      # Blocks start at different rows, so that not all of them ask for the same lines at once.
+      turned = (row + block) % plan.batch if plan.batch & plan.batch - 1 else (row + block) & plan.batch - 1
+      if plan.batch % down or per_row % across or (not wide and threads % per_row):
+        when(there, lambda: copy(turned, at, k))
+      else:
+        copy(turned, at, k)
+      return []
+
+    steps = -(-plan.batch // down)
+    if steps <= 16:
+      for i in range(steps):
+        rows(Word(i), None)
+      return []
+    return loop(Word(0), Word(steps), [], rows)
+
+  if wide and per_row > threads:
+    loop(Word(0), Word(-(-per_row // threads)), [], columns)
+  else:
+    columns(Word(0), None)
+
+
+def _scale_floats(ops, plan, row):
+  """The eight scales of a lane, (mt, e) in order."""
+  size = {"float32": 4}.get(plan.layout.scale_dtype, 2)
+  words = program.scale_words(ops, plan.layout.chunk, size, 0, row)
+  return [f for w in words for f in floats(w, plan.layout.scale_dtype)]
+
+
+def _reduce(plan, acc, thread, warp, g, c, block, rank, slabs, bias_ref, y_base):
+  """Sums the warps' and the cluster's parts, applies the epilogue and stores."""
+  T, tiles_n = plan.tuning, plan.tiles_n
+  stride = plan.slab_stride * 4
+  slab = plan.slab_bytes
+  asm("bar.sync 0;", "", [])  # everybody is done with x and the rings, which the slabs overlay
+  mine = slabs + warp * slab + c * (2 * stride) + g * 4
+  for t in range(4):
+    for n in range(tiles_n):
+      for i in range(4):
+        offset = (8 * n + i % 2) * stride + (16 * t + 8 * (i // 2)) * 4
+        asm(f"st.shared.f32 [$0 + {offset}], $1;", "", [mine, acc[4 * (t * tiles_n + n) + i]])
+  asm("bar.sync 0;", "", [])
+
+  def local_sum(wr, b, o):
+    at = slabs + wr * slab + b * stride + o * 4
+    total = None
+    for k in range(T.depth):
+      part = shared_load(at, k * T.rows * slab, 4, "f")
+      total = part if total is None else [arith.addf(p, q) for p, q in zip(total, part, strict=True)]
+    return total
+
+  def items(total_items, body):
+    def step(i, _):
+      index = i * plan.threads + thread
+      when(index.compare("lt", total_items), lambda: body(index))
+      return []
+
+    loop(Word(0), Word(-(-total_items // plan.threads)), [], step)
+
+  quads = T.rows * 16  # of four outputs
+  finish = lambda o4, b, sums: _store(plan, block * (T.rows * 64) + o4 * 4, b, sums, bias_ref, y_base)
+  if T.split == 1:
+
+    def whole(index):
+      b, o4 = index // quads, index % quads
+      sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
+      finish(o4, b, sums)
+
+    items(plan.batch * quads, whole)
+    return
+
+  # Every block owns a share of the outputs and gets the others' sums pushed, so one barrier is enough.
+  share = quads // T.split
+  inbox = slabs - plan.x_offset + plan.inbox_offset
+  per_rank = plan.batch * share * 16
+
+  def push(index):
+    b, o4 = index // quads, index % quads
+    sums = local_sum(o4 // 16, b, (o4 % 16) * 4)
+    to = inbox + rank * per_rank + (b * share + o4 % share) * 16
+    ptx = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.v4.f32 [a], {$2, $3, $4, $5}; }"
+    asm(ptx, "", [to, o4 // share, *sums])
+
+  items(plan.batch * quads, push)
+  asm("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", [])
+
+  def owned(index):
+    sums = None
+    for r in range(T.split):
+      part = shared_load(inbox + index * 16, r * per_rank, 4, "f")
+      sums = part if sums is None else [arith.addf(p, q) for p, q in zip(sums, part, strict=True)]
+    finish(index % share + rank * share, index // share, sums)
+
+  items(plan.batch * share, owned)
+
+
+def _activate(x, kind):
+  """f32 activation; tanh-form gelu and silu through exp2 and a reciprocal."""
+  if kind is None:
+    return x
+  if kind == "relu":
+    return arith.maximumf(x, float32(0.0))
+  z = x
+  if kind == "gelu":
+    cube = arith.mulf(arith.mulf(x, x), x)
+    inner = arith.addf(x, arith.mulf(cube, float32(0.044715)))
+    z = arith.mulf(inner, float32(2.0 * math.sqrt(2.0 / math.pi)))
+  (power,) = asm("ex2.approx.ftz.f32 $0, $1;", "f", [arith.mulf(z, float32(-math.log2(math.e)))], effects=False)
+  (sigmoid,) = asm("rcp.approx.ftz.f32 $0, $1;", "f", [arith.addf(power, float32(1.0))], effects=False)
+  return arith.mulf(x, sigmoid)
+
+
+def _store(plan, o, b, sums, bias_ref, y_base):
+  """Bias, activation, cast and store of four outputs from `o` on."""
+  outputs = plan.layout.shape[1]
+
+  def out(values, count, o):
+    values = [_activate(v, plan.activation) for v in values]
+    at = offset64(y_base, b * outputs + o, {"float32": 4}.get(plan.out_dtype, 2))
+    if plan.out_dtype == "float32":
+      names = "{$1, $2, $3, $4}" if count == 4 else "$1"
+      asm(f"st.global{'.v4' if count == 4 else ''}.f32 [$0], {names};", "", [at, *values])
+      return
+    kind = {"bfloat16": "bf16", "float16": "f16"}[plan.out_dtype]
+    if count == 1:
+      asm(f"{{ .reg .b16 h; cvt.rn.{kind}.f32 h, $1; st.global.b16 [$0], h; }}", "", [at, *values])
+      return
+    asm(
+      f"{{ .reg .b32 l, h; cvt.rn.{kind}x2.f32 l, $2, $1; cvt.rn.{kind}x2.f32 h, $4, $3; st.global.v2.b32 [$0], {{l, h}}; }}",
+      "",
+      [at, *values],
+    )
+
+  def bias(o, count):
+    base = mg.global_address(bias_ref)
+    size = {"float32": 4}.get(plan.bias_dtype, 2)
+    found = []
+    for i in range(count):
+      at = offset64(base, o + i, size)
+      if size == 4:
+        found += asm("ld.global.nc.f32 $0, [$1];", "f", [at])
+      else:
+        found.append(
+          floats(asm("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; mov.b32 $0, {h, h}; }", "r", [at])[0], plan.bias_dtype)[
+            0
+          ]
+        )
+    return found
+
+  def with_bias(values, o):
+    return values if bias_ref is None else [arith.addf(v, w) for v, w in zip(values, bias(o, len(values)), strict=True)]
+
+  if outputs % 4 == 0:
+    when(o.compare("lt", outputs), lambda: out(with_bias(sums, o), 4, o))
+  else:
+    for i in range(4):
+      when((o + i).compare("lt", outputs), lambda i=i: out(with_bias([sums[i]], o + i), 1, o + i))
