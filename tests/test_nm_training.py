@@ -174,6 +174,14 @@ def test_flops_of_the_phases():
   assert total == 2 * 128 * 5 + 2 * (3 * 112 + 3 * 64 + 3 * 32) + 6 * 2 * 16
 
 
+def test_a_trained_pattern_schedule_is_stored_as_its_last_pattern():
+  updater = js.sdgf(1, 4, frames="sparsify", stop=9)
+  _, history, state = run_inner(updater, optax.sgd(LR), steps=12)
+  params, masks = updater.export(jax.tree.map(jnp.asarray, history[-1][1]), state)
+  stored = js.compress(params, masks, structure=updater.structure)["a"]["kernel"]
+  assert isinstance(stored, js.NMArray) and (stored.n, stored.m) == (1, 4)
+
+
 def test_frames_in_rules_and_configurations():
   frames = js.Frames((js.NM(4, 8), js.NM(2, 4)), (3,))
   updater = js.magnitude_ste(structure=js.NM(1, 4), rules=js.Rules(("a/kernel", frames), ("bias", None)))
