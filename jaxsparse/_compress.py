@@ -83,8 +83,9 @@ def compress(
     params: parameters: a tree of arrays, `nnx.State`, linen's parameter dictionary.
     masks: masks as `js.get_masks`, `updater.export` or `updater.instant_sparsify` give them: bool arrays, `PackedMask`,
       `optax.MaskedNode()` for dense leaves. Weights outside a mask are dropped, whatever they are.
-    structure: `js.NM(n, m)`: the pattern to store (of `js.Frames`, the last one). Its `stack_axes` say that leaves stack layers `[*S, K, O]`; it may
-      not name another reduction axis. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8, 2:4, 4:8 that fits.
+    structure: `js.NM(n, m)`: the pattern to store (of `js.Frames`, the last one). Its `stack_axes` say that leaves stack
+      layers `[*S, K, O]`; it may not name another reduction axis. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8,
+      2:4, 4:8 that fits.
     dtype: of the stored values; None keeps that of the weight. Leaves that stay dense are not changed.
     on_mismatch: "report" leaves a masked leaf that does not fit dense; "error" raises.
     return_report: also return a `CompressionReport`.
