@@ -3,9 +3,8 @@
   python benchmarks/digits_nm.py [--seeds=10] [--steps=2400] [--out=results/digits_nm]
 
 An MLP 64-32-32-10 with 1:16 in the hidden kernels; the output layer stays dense (or not: --nodense_last). Batch 64,
-constant learning rate (SGD 0.1, Adam 3e-3), trained on 1200 images and tested on 597. The settings are fixed, not tuned:
-decays end at 80 % of training, ASP prunes at 50 %. At 2:4 this experiment separates nothing. All seeds of a method are
-one vmapped program.
+constant learning rate (SGD 0.1, Adam 3e-3), trained on 1200 images and tested on 597. Decays end at
+80 % of training, ASP prunes at 50 %; no setting is tuned to a method. All seeds of a method are one vmapped program.
 """
 
 from collections.abc import Callable
