@@ -1,4 +1,4 @@
-"""N:M training from scratch on scikit-learn's digits: test accuracy of every method, mean and standard error over seeds.
+"""N:M training from scratch on scikit-learn's digits: test accuracy of every method over seeds.
 
   python benchmarks/digits_nm.py [--seeds=10] [--steps=2400] [--out=results/digits_nm]
 

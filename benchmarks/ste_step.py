@@ -3,8 +3,8 @@
   python benchmarks/ste_step.py [--rounds=60] [--n=2 --m=4] [--out=results/ste_step]
 
 A 5.8M-parameter MLP (784-2048-2048-10), batch 128, Adam: whole training steps (masked forward pass, gradient, update,
-new masks), all variants in turn in every round, median of the ratios to the dense step of the same round. The last layer
-of 10 outputs is masked too. Target: 1.15 for 2:4.
+new masks), all variants in turn in every round, median of the ratios to the dense step of the same round. The last
+layer of 10 outputs is masked too. Target: 1.15 for 2:4.
 """
 
 import pathlib

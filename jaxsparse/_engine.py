@@ -50,8 +50,8 @@ def init(
   for name in updater.needs_inner:
     if not optax.tree.get_all_with_path(inner_state, name):
       raise ValueError(
-        f"{updater!r} needs an inner optimizer whose state has {name!r}, such as adamw_nm(..., {name}=...) or a chain with "
-        f"scale_by_adam_nm({name}=...); with another it would be a different method."
+        f"{updater!r} needs an inner optimizer whose state has {name!r}, such as adamw_nm(..., {name}=...) or a "
+        f"chain with scale_by_adam_nm({name}=...); with another it would be a different method."
       )
   return _state.SparsityState(
     count=jnp.zeros((), jnp.int32),
@@ -146,7 +146,7 @@ def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes,
 
 
 def schedule_count(schedule, count, inner_state) -> jax.Array:
-  """The count that a schedule goes by: updates seen, or updates since an event in the inner optimizer (-1 before it)."""
+  """The count that a schedule goes by: updates seen, or those since an event in the inner optimizer (-1 before it)."""
   if schedule.event is None:
     return count
   found = optax.tree.get_all_with_path(inner_state, schedule.event)

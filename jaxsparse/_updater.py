@@ -44,8 +44,8 @@ class Updater:
     skip_step_when_due: whether the inner optimizer pauses in an update that refreshes masks.
     pack_masks: store masks at one bit per entry instead of one byte; results are identical.
     on_mismatch: "error", or "skip" to leave leaves dense that the structure cannot tile (logged as a warning).
-    needs_inner: entries that the inner optimizer's state must have: options of `scale_by_adam_nm` without which the method
-      would silently be another.
+    needs_inner: entries that the inner optimizer's state must have: options of `scale_by_adam_nm` without which the
+      method would silently be another.
   """
 
   schedule: schedules.AbstractMaskSchedule
@@ -200,7 +200,7 @@ class Updater:
     return self.sparse_params(params, opt_state, tag), _state.get_masks(opt_state, tag)
 
   def due(self, opt_state: Any, tag: str | None = None) -> jax.Array:
-    """shape=(), bool: whether the next `tx.update` refreshes the masks (as far as known, for a schedule with an event)."""
+    """shape=(), bool: whether the next `tx.update` refreshes the masks (as far as known, where that waits for an event)."""
     state = _state.get_sparsity_state(opt_state, tag)
     return self.schedule.due(_engine.schedule_count(self.schedule, state.count, state.inner_state))
 

@@ -82,15 +82,15 @@ def scale_by_adam_nm(
 
   Args:
     b1, b2, eps: as in Adam.
-    masked_decay: the pull on masked weights. "l2": strength_t w (AST); "l1": strength_t sign(w) (CAST's AdamS). It goes in
-      after the first moment, so that momentum does not delay it, and is part of what `nu` normalises.
+    masked_decay: the pull on masked weights. "l2": strength_t w (AST); "l1": strength_t sign(w) (CAST's AdamS). It goes
+      in after the first moment, so that momentum does not delay it, and is part of what `nu` normalises.
     strength: number or schedule (of the count of updates before this one).
     mix: a_t in [0, 1], number or schedule. With it the pull replaces the gradient bit by bit: (1 - a_t) m + a_t pull.
       None adds the pull to all of m.
     freeze_nu: when to fix `nu` (STEP). Afterwards the update is m / (1 - b1^t) / (sqrt(nu) + eps), with `nu` as it was,
       uncorrected.
-    nu_floor: in the switching update `nu` is raised to this share of its mean in each leaf. With 0, units that were dead in the
-      first phase get an unbounded step when a mask wakes them.
+    nu_floor: in the switching update `nu` is raised to this share of its mean in each leaf. With 0, units that were
+      dead in the first phase get an unbounded step when a mask wakes them.
 
   Returns:
     A transformation that needs `params` and `masks=` (True = kept, MaskedNode for dense leaves) in `update` for
@@ -104,9 +104,10 @@ def scale_by_adam_nm(
   >>> tx = js.step(structure=js.NM(2, 4)).wrap_optax(inner)
 
   References:
-    STEP: https://arxiv.org/abs/2302.01172. AST: Huang et al., Pruning Large Language Models with Semi-Structural Adaptive
-    Sparse Training, 2024, https://arxiv.org/abs/2407.20584. CAST: Huang et al., CAST: Continuous and Differentiable
-    Semi-Structured Sparsity-Aware Training for Large Language Models, 2025, https://arxiv.org/abs/2509.25996.
+    STEP: https://arxiv.org/abs/2302.01172. AST: Huang et al., Pruning Large Language Models with Semi-Structural
+    Adaptive Sparse Training, 2024, https://arxiv.org/abs/2407.20584. CAST: Huang et al., CAST: Continuous and
+    Differentiable Semi-Structured Sparsity-Aware Training for Large Language Models, 2025,
+    https://arxiv.org/abs/2509.25996.
     Differs from the papers: `nu_floor` is not in STEP (plain STEP became NaN on small networks with dead units). AST's
     published GPT-2 code pushes masked weights away from zero (a bitwise not of an integer mask); this is its equation.
     CAST's pull is experimental: its exact place and default strength could not be checked.
@@ -234,8 +235,10 @@ def _pulled(mu, params, masks, kind, strength, mix):
 
 
 def _change(signal, nu, b2, masks, mean):
-  """shape=(), float32: the mean of |nu_t - nu_(t-1)| = (1 - b2) |signal^2 - nu_(t-1)| over all entries of leaves that have
-  a mask (all leaves without masks)."""
+  """shape=(), float32: the mean of |nu_t - nu_(t-1)| = (1 - b2) |signal^2 - nu_(t-1)|.
+
+  Over all entries of leaves that have a mask; over all leaves where there are no masks.
+  """
   leaves, structure = _flatten(nu)
   values = structure.flatten_up_to(signal)
   nodes = leaves if masks is None else structure.flatten_up_to(masks)

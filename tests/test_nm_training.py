@@ -131,7 +131,7 @@ def test_sdgf(frames):
   assert [(f.n, f.m) for f in updater.structure.frames] == list(pattern)
   _, params, history = run(updater)
   at = lambda t: pattern[min((t - start) * len(pattern) // (stop - start), len(pattern) - 1)]
-  # Boundaries are rounded down; with 20 updates in 4 frames, or 3, the index by time agrees except where it is fractional.
+  # Boundaries are rounded down: the index by time agrees where 20 updates divide into the frames.
   at = at if 20 % len(pattern) == 0 else lambda t: pattern[sum(t >= b for b in updater.structure.boundaries)]
   want = nm_training.decaying(
     params, batches(), LR, due=range(start, STEPS), pattern=at, first=None, share=lambda t: 1.0 if t <= start else 0.0
@@ -170,7 +170,7 @@ def test_flops_of_the_phases():
   for _ in range(20):
     total += js.count_flops(params, js.get_masks(state))
     _, state = update(params, state, params)
-  # 5 dense forward passes (masks are chosen after the update with count 4), three of 7:8, 4:8 and 2:8 each, the rest 1:8.
+  # 5 dense forward passes (the update with count 4 chooses masks), three of 7:8, 4:8 and 2:8 each, the rest 1:8.
   assert total == 2 * 128 * 5 + 2 * (3 * 112 + 3 * 64 + 3 * 32) + 6 * 2 * 16
 
 

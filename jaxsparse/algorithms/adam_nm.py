@@ -11,8 +11,8 @@ from jaxsparse.algorithms import _registry
 def step(sparsity: float | None = None, *, every: int = 1, stop: int | None = None, **common) -> _updater.Updater:
   """STEP: dense Adam until its second moment has settled; then the moment is fixed and N:M masks are learned.
 
-  Until the inner optimizer freezes its second moment nu, training is dense. From the next forward pass on the largest |w|
-  are used, with the straight-through gradient, and the step is lr m / (sqrt(nu) + eps) with the fixed nu: gradients
+  Until the inner optimizer freezes its second moment nu, training is dense. From the next forward pass on the largest
+  |w| are used, with the straight-through gradient, and the step is lr m / (sqrt(nu) + eps) with the fixed nu: gradients
   through changing masks do not disturb it.
 
   Args:
@@ -56,8 +56,8 @@ def ast(
     stop: masks are fixed from this count on; None never fixes them.
     **common: as in `magnitude`.
 
-  Needs `scale_by_adam_nm(masked_decay="l2", strength=...)` inside; the paper's strength rises linearly over 10,000 updates
-  to 6e-5 (1e-4 in its scripts).
+  Needs `scale_by_adam_nm(masked_decay="l2", strength=...)` inside; the paper's strength rises linearly over 10,000
+  updates to 6e-5 (1e-4 in its scripts).
 
   >>> import jaxsparse as js, optax
   >>> inner = js.adamw_nm(1e-3, masked_decay="l2", strength=optax.linear_schedule(0.0, 6e-5, 10_000))
@@ -65,9 +65,9 @@ def ast(
 
   References:
     Huang et al., Pruning Large Language Models with Semi-Structural Adaptive Sparse Training, 2024,
-    https://arxiv.org/abs/2407.20584. Differs from the paper: distillation from the dense model (0.33 task loss + 0.67 KL at
-    temperature 2) is the training loop's, SLoRB is `jaxsparse.nn.init_slorb`, and masks follow |w|, not Wanda's |w| ||x||.
-    The published code's pull has the wrong sign on masked weights; this one has the paper's.
+    https://arxiv.org/abs/2407.20584. Differs from the paper: distillation from the dense model (0.33 task loss + 0.67
+    KL at temperature 2) is the training loop's, SLoRB is `jaxsparse.nn.init_slorb`, and masks follow |w|, not Wanda's
+    |w| ||x||. The published code's pull has the wrong sign on masked weights; this one has the paper's.
   """
   return _updater.Updater(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),

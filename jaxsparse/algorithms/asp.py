@@ -24,8 +24,8 @@ def asp(
 
   References:
     Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378.
-    Differs from the paper: channels are not permuted before pruning, and the learning rate of the fine-tuning (the paper
-    repeats the dense training's whole schedule) is the wrapped optimizer's.
+    Differs from the paper: channels are not permuted before pruning, and the learning rate of the fine-tuning (the
+    paper repeats the dense training's whole schedule) is the wrapped optimizer's.
   """
   return _updater.Updater(
     schedule=schedules.OneShot(at), drop=scorers.Magnitude(), sparsity=sparsity, structure=structure, **common

@@ -45,7 +45,8 @@ def mdgf(
 
   References:
     Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, 2024,
-    https://arxiv.org/abs/2402.04744. No known differences; paper and authors' code differ in the backward pass, see `flow`.
+    https://arxiv.org/abs/2402.04744. No known differences; paper and authors' code differ in the backward pass, see
+    `flow`.
   """
   _check_stop("mdgf", stop, "removed weights count for nothing")
   if decay not in _DECAYS:
@@ -162,7 +163,8 @@ def structure_decay(
 
   References:
     Kao et al., Training Recipe for N:M Structured Sparsity with Decaying Pruning Mask, 2022,
-    https://arxiv.org/abs/2209.07617. Differs from the paper: not known; the frames are those of the authors' next paper.
+    https://arxiv.org/abs/2209.07617. Differs from the paper: not known; the frames are those of the authors' next
+    paper.
   """
   return sdgf(n, m, frames="sparsify", axis=axis, every=every, start=start, stop=stop, **common)
 

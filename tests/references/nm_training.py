@@ -93,7 +93,7 @@ def cast_pull(strength, mix):
 
 
 def adam_nm(params, batches, lr, *, due, pattern, decay, dense_forward=False, b1=0.9, b2=0.999, eps=1e-8):
-  """AST (masked forward pass, straight through) and CAST (dense forward pass): Adam with a pull behind its first moment."""
+  """AST (masked forward pass, straight through) and CAST (dense): Adam with a pull behind its first moment."""
   masks = select_all(params, pattern)
   adams = {k: {n: Adam(w.shape, b1, b2, eps) for n, w in p.items()} for k, p in params.items()}
   for t, (x, y) in enumerate(batches):
