@@ -6,6 +6,7 @@ from jaxsparse import distributions
 from jaxsparse import forwards
 from jaxsparse import metrics
 from jaxsparse import ops
+from jaxsparse import optimizers
 from jaxsparse import quant
 from jaxsparse import recipes
 from jaxsparse import schedules
@@ -24,6 +25,9 @@ from jaxsparse.algorithms import acdc
 from jaxsparse.algorithms import adam_fisher
 from jaxsparse.algorithms import algorithm
 from jaxsparse.algorithms import all_algorithm_names
+from jaxsparse.algorithms import asp
+from jaxsparse.algorithms import ast
+from jaxsparse.algorithms import cast
 from jaxsparse.algorithms import chase
 from jaxsparse.algorithms import dsl
 from jaxsparse.algorithms import g2gnet
@@ -37,12 +41,15 @@ from jaxsparse.algorithms import grasp_ratio
 from jaxsparse.algorithms import iterative_nm
 from jaxsparse.algorithms import magnitude
 from jaxsparse.algorithms import magnitude_ste
+from jaxsparse.algorithms import mask_decay
+from jaxsparse.algorithms import mdgf
 from jaxsparse.algorithms import mest
 from jaxsparse.algorithms import movement
 from jaxsparse.algorithms import no_prune
 from jaxsparse.algorithms import random_ste
 from jaxsparse.algorithms import rigl
 from jaxsparse.algorithms import saliency
+from jaxsparse.algorithms import sdgf
 from jaxsparse.algorithms import snfs
 from jaxsparse.algorithms import snip
 from jaxsparse.algorithms import snip_ratio
@@ -50,6 +57,8 @@ from jaxsparse.algorithms import sparcl
 from jaxsparse.algorithms import sr_ste
 from jaxsparse.algorithms import srigl
 from jaxsparse.algorithms import static_sparse
+from jaxsparse.algorithms import step
+from jaxsparse.algorithms import structure_decay
 from jaxsparse.algorithms import synflow
 from jaxsparse.algorithms import top_kast
 from jaxsparse.arrays import NMArray
@@ -70,11 +79,15 @@ from jaxsparse.metrics import mask_churn
 from jaxsparse.metrics import mask_nbytes
 from jaxsparse.metrics import summarize_intersection
 from jaxsparse.metrics import summarize_sparsity
+from jaxsparse.optimizers import AutoSwitch
+from jaxsparse.optimizers import adamw_nm
+from jaxsparse.optimizers import scale_by_adam_nm
 from jaxsparse.rules import Rules
 from jaxsparse.soft_threshold import SoftThreshold
 from jaxsparse.structures import Block
 from jaxsparse.structures import Channel
 from jaxsparse.structures import FixedFanIn
+from jaxsparse.structures import Frames
 from jaxsparse.structures import NM
 from jaxsparse.structures import Unstructured
 

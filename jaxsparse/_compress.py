@@ -11,6 +11,7 @@ from jaxsparse import masks as masks_lib
 from jaxsparse.arrays import NMArray
 from jaxsparse.arrays import _nm_array
 from jaxsparse.structures import NM
+from jaxsparse.structures import Frames
 
 # What masks are tried for when no structure is named: the one with the fewest bytes that holds the mask.
 _PATTERNS = ((1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8))
@@ -68,7 +69,7 @@ def compress(
   params: Any,
   masks: Any,
   *,
-  structure: NM | None = None,
+  structure: NM | Frames | None = None,
   dtype: Any = None,
   on_mismatch: str = "report",
   return_report: bool = False,
@@ -82,8 +83,9 @@ def compress(
     params: parameters: a tree of arrays, `nnx.State`, linen's parameter dictionary.
     masks: masks as `js.get_masks`, `updater.export` or `updater.instant_sparsify` give them: bool arrays, `PackedMask`,
       `optax.MaskedNode()` for dense leaves. Weights outside a mask are dropped, whatever they are.
-    structure: `js.NM(n, m)`: the pattern to store. Its `stack_axes` say that leaves stack layers `[*S, K, O]`; it may
-      not name another reduction axis. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8, 2:4, 4:8 that fits.
+    structure: `js.NM(n, m)`: the pattern to store (of `js.Frames`, the last one). Its `stack_axes` say that leaves stack
+      layers `[*S, K, O]`; it may not name another reduction axis. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8,
+      2:4, 4:8 that fits.
     dtype: of the stored values; None keeps that of the weight. Leaves that stay dense are not changed.
     on_mismatch: "report" leaves a masked leaf that does not fit dense; "error" raises.
     return_report: also return a `CompressionReport`.
@@ -101,6 +103,7 @@ def compress(
   >>> compress(params, js.masks_from_zeros(params), structure=js.NM(2, 4))["kernel"]
   NMArray(2:4, shape=(4, 1), dtype=float32)
   """
+  structure = structure.last if isinstance(structure, Frames) else structure
   if structure is not None and not isinstance(structure, NM):
     raise TypeError(f"compress stores N:M patterns; structure={structure!r} is not one. Use js.NM(n, m), or None.")
   if on_mismatch not in ("report", "error"):

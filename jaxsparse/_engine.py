@@ -46,6 +46,13 @@ def init(
   plans = _plan.make_plan(updater, leaves)
   data = key_data(key)
   masks = _initial_masks(updater, leaves, plans, data)
+  inner_state = inner.init(params)
+  for name in updater.needs_inner:
+    if not optax.tree.get_all_with_path(inner_state, name):
+      raise ValueError(
+        f"{updater!r} needs an inner optimizer whose state has {name!r}, such as adamw_nm(..., {name}=...) or a "
+        f"chain with scale_by_adam_nm({name}=...); with another it would be a different method."
+      )
   return _state.SparsityState(
     count=jnp.zeros((), jnp.int32),
     key=data,
@@ -53,7 +60,7 @@ def init(
     drop_state=_scorer_states(updater.drop, leaves, plans) if updater.schedule.refreshes else (),
     grow_state=_scorer_states(updater.grow, leaves, plans) if updater.schedule.refreshes else (),
     forward_state=(),
-    inner_state=inner.init(params),
+    inner_state=inner_state,
     tag={} if tag is None else {tag: ()},
   )
 
@@ -115,6 +122,7 @@ def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, 
   inner_state = _clean(inner, state.inner_state, mask_tree)
   masked_grads = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
   masked_params = leaves.treedef.unflatten([_where(m, p) for m, p in zip(masks, leaves.values)])
+  extra = extra | {"masks": mask_tree}
   if updater.skip_step_when_due and sparse:
     updates, new_inner = _hold.update_unless(due, inner, masked_grads, inner_state, masked_params, extra)
   else:
@@ -126,13 +134,27 @@ def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, 
 
 def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra):
   """Gradient hook, step, then refresh on the new parameters, so that masks fit the weights that are stored."""
-  del zero_map
+  del zero_map, due
   masks = [masks_lib.unpack(node) for node in nodes]
   hooked = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
+  extra = extra | {"masks": leaves.treedef.unflatten(masks)}
   updates, new_inner = inner.update(hooked, state.inner_state, leaves.treedef.unflatten(leaves.values), **extra)
   flat = jax.tree.leaves(updates, is_leaf=_tree.is_masked_node)
   moved = [leaf._replace(param=optax.apply_updates(leaf.param, flat[leaf.index])) for leaf in sparse]
-  return updates, _refresh_if(updater, due, moved, nodes, state.count), new_inner
+  clock = schedule_count(updater.schedule, state.count, new_inner)
+  return updates, _refresh_if(updater, updater.schedule.due(clock), moved, nodes, clock), new_inner
+
+
+def schedule_count(schedule, count, inner_state) -> jax.Array:
+  """The count that a schedule goes by: updates seen, or those since an event in the inner optimizer (-1 before it)."""
+  if schedule.event is None:
+    return count
+  found = optax.tree.get_all_with_path(inner_state, schedule.event)
+  if len(found) != 1:
+    raise ValueError(
+      f"{schedule!r} waits for {schedule.event!r}, of which the inner optimizer's state has {len(found)}."
+    )
+  return jnp.where(found[0][1] >= 0, count - found[0][1], -1)
 
 
 def _refresh_if(updater, due, sparse, nodes, count):
@@ -147,7 +169,7 @@ def _refresh_if(updater, due, sparse, nodes, count):
       # One leaf after the other, so that what a refresh needs beside the masks is the scratch of one leaf.
       current, new = jax.lax.optimization_barrier(([nodes[leaf.index] for leaf in leaves], new))
       masks = [masks_lib.unpack(node) for node in current]
-      chosen = choose(updater, leaves, masks, updater.schedule.progress(count), updater.schedule.elapsed(count))
+      chosen = _choose_in_frame(updater, leaves, masks, count)
       new += [masks_lib.pack(m) if updater.pack_masks else m for m in chosen]
     return new
 
@@ -156,6 +178,16 @@ def _refresh_if(updater, due, sparse, nodes, count):
   for leaf, node in zip(sparse, new):
     nodes[leaf.index] = node
   return nodes
+
+
+def _choose_in_frame(updater, sparse, masks, count):
+  """`choose` at a count; a leaf with a pattern schedule (which is refreshed alone) takes the pattern of its frame."""
+  now = masks, updater.schedule.progress(count), updater.schedule.elapsed(count)
+  structure = sparse[0].plan.structure
+  if not isinstance(structure, structures.Frames):
+    return choose(updater, sparse, *now)
+  frames = [[leaf._replace(plan=leaf.plan.in_frame(i)) for leaf in sparse] for i in range(len(structure.frames))]
+  return jax.lax.switch(structure.index(count), [lambda f=f: choose(updater, f, *now) for f in frames])
 
 
 def choose(updater, sparse, masks, progress, elapsed):
@@ -378,16 +410,19 @@ def _first_masks(updater, plans, indices, values, data):
   else:
     key = jax.random.wrap_key_data(data, impl="threefry2x32")
     sparse = [
-      Leaf(i, plan, value, None, jax.random.fold_in(key, i), {}, scorer.init(value), ())
+      Leaf(i, plan.in_frame(0), value, None, jax.random.fold_in(key, i), {}, scorer.init(value), ())
       for i, plan, value in zip(indices, plans, values)
     ]
     # A mask by `init` has its final sparsity at once, unless a ramp starts below it.
-    start = updater.schedule.progress(0) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
+    first = 0 if updater.schedule.event is None else -1
+    start = (
+      updater.schedule.progress(first) if updater.init is None else jnp.float32(0 if updater.schedule.ramps else 1)
+    )
     scores = [_unit_scores(scorer, leaf, leaf.drop_state, leaf.inputs) for leaf in sparse]
     if updater.init_distribution is not None:
       sparse = _with_first_counts(updater, sparse)
     units = _prune(updater, sparse, scores, None, start)
-    masks = [plan.structure.from_units(u, plan.shape) for plan, u in zip(plans, units)]
+    masks = [leaf.plan.structure.from_units(u, leaf.plan.shape) for leaf, u in zip(sparse, units)]
   return [masks_lib.pack(mask) if updater.pack_masks else mask for mask in masks]
 
 

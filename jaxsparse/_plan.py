@@ -47,6 +47,13 @@ class LeafPlan:
       size *= d
     return distributions.LeafShape(self.name, s.layer_shape(self.shape), units, groups, size // (units * groups))
 
+  def in_frame(self, index: int) -> "LeafPlan":
+    """The plan with one frame of a pattern schedule as its structure; itself where there is one pattern only."""
+    if not isinstance(self.structure, structures.Frames):
+      return self
+    frame = self.structure.frames[index]
+    return dataclasses.replace(self, structure=frame, initial_keep=frame.m, final_keep=frame.n)
+
 
 def make_plan(updater: Any, leaves: _tree.Leaves) -> list[LeafPlan]:
   """The plan of every leaf, in order; all configuration errors that depend on the model are raised here."""
@@ -108,6 +115,11 @@ def _plan_leaf(updater, name: str, label: str, value) -> tuple[LeafPlan, float |
       f"{label} has shape {shape}; {error} Exclude the leaf with the rule ({name!r}, None), or pass "
       "on_mismatch='skip' to leave such leaves dense."
     ) from None
+  if isinstance(structure, structures.Frames) and (updater.forward.storage != "dense" or updater.distribution.joint):
+    raise ValueError(
+      f"{label}: a finer pattern may want back what a coarser one has removed, so {structure!r} needs dense storage, "
+      f"such as forward=StraightThrough(), and a distribution with counts per leaf (not Global())."
+    )
   return LeafPlan(name, label, shape, structure, reason), sparsity
 
 

@@ -46,6 +46,8 @@ class Updater:
     skip_step_when_due: whether the inner optimizer pauses in an update that refreshes masks.
     pack_masks: store masks at one bit per entry instead of one byte; results are identical.
     on_mismatch: "error", or "skip" to leave leaves dense that the structure cannot tile (logged as a warning).
+    needs_inner: entries that the inner optimizer's state must have: options of `scale_by_adam_nm` without which the
+      method would silently be another.
   """
 
   schedule: schedules.AbstractMaskSchedule
@@ -64,6 +66,7 @@ class Updater:
   skip_step_when_due: bool = False
   pack_masks: bool = False
   on_mismatch: Literal["error", "skip"] = "error"
+  needs_inner: tuple[str, ...] = ()
   call: tuple[str, tuple[tuple[str, Any], ...]] | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
@@ -87,6 +90,8 @@ class Updater:
       raise ValueError(f"{self.schedule!r} never refreshes masks and there is no init=, so training would stay dense.")
     if at_init and (self.schedule.refreshes or self.forward.storage != "hard"):
       raise ValueError(f"{self.drop!r} scores a model before training: it needs schedule=Static() and forward=Hard().")
+    if self.schedule.event is not None and self.forward.storage != "dense":
+      raise ValueError(f"{self.schedule!r} waits for an event in the step that it follows: it needs dense storage.")
     for name in ("init", "grow"):
       scorer = getattr(self, name)
       if name == "init" and scorer is not None and (scorer.uses_gradient or scorer.needs):
@@ -134,7 +139,8 @@ class Updater:
     `apply_if_finite`, `inject_hyperparams`, `masked`, `partition`) may go around it.
 
     Args:
-      inner: any optax optimizer. Keyword arguments of `tx.update` are passed on to it.
+      inner: any optax optimizer. Keyword arguments of `tx.update` are passed on to it, and `masks=`, a tree like the
+        parameters, for optimizers that treat removed weights in their own way (`scale_by_adam_nm`).
       key: seed, or PRNG key, of all random choices.
       tag: a name, where one optimizer holds several updaters over the same leaves.
 
@@ -206,8 +212,9 @@ class Updater:
     return self.sparse_params(params, opt_state, tag), _state.get_masks(opt_state, tag)
 
   def due(self, opt_state: Any, tag: str | None = None) -> jax.Array:
-    """shape=(), bool: whether the next `tx.update` refreshes the masks."""
-    return self.schedule.due(_state.get_sparsity_state(opt_state, tag).count)
+    """shape=(), bool: whether the next `tx.update` refreshes the masks (as far as known, where that waits for an event)."""
+    state = _state.get_sparsity_state(opt_state, tag)
+    return self.schedule.due(_engine.schedule_count(self.schedule, state.count, state.inner_state))
 
   # -- without an optimizer ------------------------------------------------------------------------------------------
 

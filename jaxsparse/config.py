@@ -30,6 +30,8 @@ _CLASSES = {
   if dataclasses.is_dataclass(getattr(module, name)) and not name.startswith("Abstract")
 }
 
+_WORDS = ("on_mismatch", "flow", "decay", "frames")  # arguments that may be words; other words name an axis
+
 
 def create_updater(config: Mapping[str, Any] | ml_collections.ConfigDict) -> _updater.Updater:
   """Makes an updater from a configuration.
@@ -82,7 +84,7 @@ def updater_config(updater: _updater.Updater) -> ml_collections.ConfigDict:
 def _value(key: str, value: Any) -> Any:
   if key == "rules":
     return value if isinstance(value, rules_lib.Rules) else rules_lib.Rules(*((p, _rule_value(v)) for p, v in value))
-  if isinstance(value, str) and key != "on_mismatch":
+  if isinstance(value, str) and key not in _WORDS:
     value = {"name": value}
   return _argument(key, value)
 

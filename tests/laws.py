@@ -27,6 +27,8 @@ SPARSITY = 0.8
 RAMP = dict(every=3, start=2, stop=13)  # due at 2, 5, 8, 11
 SWAPS = dict(every=3, start=1, stop=11)  # due at 1, 4, 7, 10
 FOLLOW = dict(every=2, start=1, stop=12)  # due at 1, 3, ... 11
+CLOSING = dict(every=2, start=1, stop=13)  # masks that follow the weights to the end
+FOLLOW_ON = tuple(range(1, 14, 2))
 TURNS = dict(sparse_steps=3, dense_steps=2, start=1, stop=12)  # closes at 1, 6, 11, opens at 4, 9
 
 
@@ -48,6 +50,8 @@ class Expected:
     initial: sparsity at the start of a ramp.
     extra: count -> share of the kept units that grow beyond them until the next refresh.
     ablates: whether whole groups may be emptied and the others share their units.
+    pattern: count -> (n, m) that an N:M mask fits after the update with that count, where the pattern changes.
+    inner: makes the inner optimizer that the algorithm needs; None takes any.
   """
 
   arguments: dict[str, Any]
@@ -60,6 +64,8 @@ class Expected:
   initial: float = 0.0
   extra: Any = lambda t: Fraction(0)
   ablates: bool = False
+  pattern: Any = None
+  inner: Any = None
 
 
 def window(every, start, stop):
@@ -93,6 +99,12 @@ def pieces(amounts, boundaries):
   return extra
 
 
+def pattern_at(t, pairs, boundaries):
+  """The pair of the last refresh of `FOLLOW_ON` up to t."""
+  last = max([d for d in FOLLOW_ON if d <= t], default=0)
+  return pairs[sum(last >= b for b in boundaries)]
+
+
 def step_progress(t):
   return Fraction(int(t >= FOLLOW["start"]))
 
@@ -100,12 +112,21 @@ def step_progress(t):
 _ramp = functools.partial(Expected, {"sparsity": SPARSITY, **RAMP}, window(**RAMP), ramp_progress)
 _swap = functools.partial(Expected, {"sparsity": SPARSITY, **SWAPS}, window(**SWAPS), erk=True, moves=True)
 _follow = functools.partial(Expected, due=window(**FOLLOW), progress=step_progress)
+_close = functools.partial(Expected, due=FOLLOW_ON, progress=step_progress, selects=True)
+_fine = functools.partial(pattern_at, pairs=((8, 16), (4, 8), (2, 4), (1, 2)), boundaries=(4, 7, 10))
+_sparsify = functools.partial(pattern_at, pairs=((3, 4), (2, 4), (1, 4)), boundaries=(5, 9))
+_adam_nm = lambda **options: functools.partial(js.adamw_nm, 0.01, **options)
 EXPECTED = {
   "acdc": Expected({"sparsity": SPARSITY, **TURNS}, (1, 4, 6, 9, 11), turn_progress),
   "adam_fisher": _ramp(),
   "chase": _swap(joint=True, erk=False, extra=pieces((0.5, 0), (0.1875,))),
   "dsl": _swap(erk=False),
   "g2gnet": Expected({"sparsity": SPARSITY, "modules": 2, **SWAPS}, window(**SWAPS), moves=True),
+  "asp": Expected({"at": 4}, (4,), lambda t: Fraction(int(t >= 4))),
+  "ast": _follow({"sparsity": SPARSITY, **FOLLOW}, selects=True, inner=_adam_nm(masked_decay="l2", strength=0.01)),
+  "cast": _follow(
+    {"sparsity": SPARSITY, **FOLLOW}, selects=True, inner=_adam_nm(masked_decay="l1", strength=0.01, mix=0.5)
+  ),
   "global_magnitude": _ramp(joint=True),
   "global_saliency": _ramp(joint=True),
   "gmp": _ramp(),
@@ -124,11 +145,14 @@ EXPECTED = {
   "magnitude_ste": _follow({"sparsity": SPARSITY, **FOLLOW}, selects=True),
   "mest": _swap(erk=False, extra=pieces((0.5, 0.25, 0), (0.5625, 0.75))),
   "movement": _ramp(),
+  "mask_decay": _close({"sparsity": SPARSITY, **CLOSING}),
+  "mdgf": _close({"sparsity": SPARSITY, "rate": 0.3, "flow": "chain", **CLOSING}),
   "no_prune": Expected({}, progress=lambda t: Fraction(0)),
   "random": _ramp(),
   "random_ste": _follow({"sparsity": SPARSITY, **FOLLOW}, moves=True),
   "rigl": _swap(),
   "saliency": _ramp(),
+  "sdgf": _close({"n": 1, "m": 2, **CLOSING}, pattern=_fine),
   "set": _swap(),
   "snfs": _swap(),
   "snip": Expected({"sparsity": SPARSITY}, joint=True),
@@ -144,6 +168,14 @@ EXPECTED = {
     {"sparsity": 0.75, "distribution": js.Uniform(), **SWAPS}, window(**SWAPS), moves=True, ablates=True
   ),
   "static_sparse": Expected({"sparsity": SPARSITY}, erk=True),
+  "step": Expected(
+    {"sparsity": SPARSITY, "every": 2, "stop": 8},
+    (4, 6, 8, 10),
+    lambda t: Fraction(int(t >= 4)),
+    selects=True,
+    inner=_adam_nm(b2=0.9, freeze_nu=js.AutoSwitch(latest=4)),
+  ),
+  "structure_decay": _close({"n": 1, "m": 4, **CLOSING}, pattern=_sparsify),
   "synflow": Expected({"sparsity": SPARSITY, "iterations": 3}, joint=True),
   "top_kast": _follow({"sparsity": SPARSITY, "explore": 0.1, **FOLLOW}, progress=lambda t: Fraction(1), selects=True),
 }
@@ -255,6 +287,7 @@ def train(
   expected = EXPECTED[name]
   updater = js.get_algorithm(name)(**{**expected.arguments, **arguments})
   expected = dataclasses.replace(expected, erk=expected.erk and updater.distribution == js.ERK())
+  inner = expected.inner() if expected.inner else inner
   tx = (wrap or (lambda tx: tx))(updater.wrap_optax(inner))
   params, state = start(updater, tx, make_params(dtype, shapes=shapes), loss)
   step = make_step(updater, tx, loss, cast)
@@ -289,9 +322,11 @@ def kernels(h):
   return {path: (np.asarray(first[path]), masks[path], params[path]) for path in masks}
 
 
-def leaf_units(h, path, shape):
-  """`[groups, units, entries]` of a leaf, by the reference's own view of the structure."""
+def leaf_units(h, path, shape, t=TOTAL):
+  """`[groups, units, entries]` of a leaf after update t, by the reference's own view of the structure."""
   s = h.updater.structure
+  if h.expected.pattern:
+    return ref.units_of(shape, "nm", m=h.expected.pattern(t)[1])
   stack = len(s.stack_axes)
   if isinstance(s, js.NM):
     return ref.units_of(shape, "nm", m=s.m, stack=stack)
@@ -302,10 +337,12 @@ def leaf_units(h, path, shape):
   return ref.units_of(shape, "fan_in" if isinstance(s, js.FixedFanIn) else "unstructured", stack=stack)
 
 
-def final_keeps(h):
-  """path -> units kept in each group in the end."""
+def final_keeps(h, t=TOTAL):
+  """path -> units kept in each group in the end, or by the pattern of update t."""
   shapes = {path: mask.shape[1:] for path, (_, mask, _) in kernels(h).items()}
   s = h.updater.structure
+  if h.expected.pattern:
+    return dict.fromkeys(shapes, h.expected.pattern(t)[0])
   if isinstance(s, js.NM):
     return dict.fromkeys(shapes, s.n)
   if isinstance(s, js.FixedFanIn) and s.fan_in is not None:
@@ -356,12 +393,11 @@ def masks_select_stored_weights(h):
   """Dense storage: the mask is the selection on the weights stored at the last due update."""
   if not h.expected.selects:
     return
-  final = final_keeps(h)
   for path, (_, masks, weights) in kernels(h).items():
-    units = leaf_units(h, path, masks.shape[1:])
-    for t in range(FOLLOW["start"], TOTAL):
+    for t in range(h.expected.due[0], TOTAL):
       last = max(d for d in h.expected.due if d <= t)
-      want = ref.topk_units(np.abs(weights[last].astype(np.float64)), final[path], units)
+      units, keep = leaf_units(h, path, masks.shape[1:], t), final_keeps(h, t)[path]
+      want = ref.topk_units(np.abs(weights[last].astype(np.float64)), keep, units)
       np.testing.assert_array_equal(masks[t], want, f"{path} after update {t}, refreshed at {last}")
     assert (weights[-1][~masks[-1]] != 0).any(), f"{path}: stored weights are not dense"
 
@@ -381,10 +417,9 @@ def counts_are_exact(h):
       assert kept == want, f"after update {t} {kept} of {size} are kept, not {want}"
     assert kept == final, f"the final sparsity is missed: {kept} kept, not {final}"
     return
-  for path, keep in final_keeps(h).items():
-    _, masks, _ = kernels(h)[path]
-    units = leaf_units(h, path, masks.shape[1:])
+  for path, (_, masks, _) in kernels(h).items():
     for t in range(TOTAL):
+      units, keep = leaf_units(h, path, masks.shape[1:], t), final_keeps(h, t)[path]
       kept = ref.count_units(masks[t], units)
       want = keep_at(units.shape[1], keep, progress[t], h.expected.initial, h.expected.extra(t))
       if h.expected.ablates:

@@ -21,7 +21,7 @@ LAYERS = (
   {"_plan", "_state", "_compress"},
   {"_engine"},
   {"_updater", "gradient_masking", "soft_threshold"},
-  {"algorithms", "metrics", "recipes", "calibration", "nn"},
+  {"algorithms", "metrics", "recipes", "calibration", "nn", "optimizers"},
   {"config"},
 )
 STORAGE = {"arrays", "ops", "quant"}  # kernels and storage know nothing of training

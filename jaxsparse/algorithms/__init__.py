@@ -4,6 +4,10 @@ from jaxsparse.algorithms._registry import algorithm
 from jaxsparse.algorithms._registry import all_algorithm_names
 from jaxsparse.algorithms._registry import get_algorithm
 from jaxsparse.algorithms.acdc import acdc
+from jaxsparse.algorithms.adam_nm import ast
+from jaxsparse.algorithms.adam_nm import cast
+from jaxsparse.algorithms.adam_nm import step
+from jaxsparse.algorithms.asp import asp
 from jaxsparse.algorithms.at_init import grasp
 from jaxsparse.algorithms.at_init import snip
 from jaxsparse.algorithms.at_init import synflow
@@ -22,6 +26,10 @@ from jaxsparse.algorithms.magnitude import iterative_nm
 from jaxsparse.algorithms.magnitude import magnitude
 from jaxsparse.algorithms.movement import movement
 from jaxsparse.algorithms.no_prune import no_prune
+from jaxsparse.algorithms.progressive_flow import mask_decay
+from jaxsparse.algorithms.progressive_flow import mdgf
+from jaxsparse.algorithms.progressive_flow import sdgf
+from jaxsparse.algorithms.progressive_flow import structure_decay
 from jaxsparse.algorithms.random_pruning import grasp_ratio
 from jaxsparse.algorithms.random_pruning import random_
 from jaxsparse.algorithms.random_pruning import snip_ratio
@@ -40,6 +48,9 @@ __all__ = [
   "adam_fisher",
   "algorithm",
   "all_algorithm_names",
+  "asp",
+  "ast",
+  "cast",
   "chase",
   "dsl",
   "g2gnet",
@@ -53,6 +64,8 @@ __all__ = [
   "iterative_nm",
   "magnitude",
   "magnitude_ste",
+  "mask_decay",
+  "mdgf",
   "mest",
   "movement",
   "no_prune",
@@ -60,6 +73,7 @@ __all__ = [
   "random_ste",
   "rigl",
   "saliency",
+  "sdgf",
   "set_",
   "snfs",
   "snip",
@@ -68,6 +82,8 @@ __all__ = [
   "sr_ste",
   "srigl",
   "static_sparse",
+  "step",
+  "structure_decay",
   "synflow",
   "top_kast",
 ]

@@ -1,9 +1,12 @@
-"""Schedules: when masks are refreshed, how sparse they are then, and how much of them moves."""
+"""Schedules: when masks are refreshed, how sparse they are then, how much of them moves, and how fast they close."""
 
 from jaxsparse.schedules._base import AbstractMaskSchedule
 from jaxsparse.schedules._constant import Alternating
 from jaxsparse.schedules._constant import Periodic
 from jaxsparse.schedules._constant import Static
+from jaxsparse.schedules._decays import AbstractDecay
+from jaxsparse.schedules._decays import ExponentialDecay
+from jaxsparse.schedules._decays import LinearDecay
 from jaxsparse.schedules._drop_fraction import AbstractDropFraction
 from jaxsparse.schedules._drop_fraction import ConstantFraction
 from jaxsparse.schedules._drop_fraction import CosineFraction
@@ -15,13 +18,16 @@ from jaxsparse.schedules._ramps import Polynomial
 from jaxsparse.schedules._ramps import RampThenHold
 
 __all__ = [
+  "AbstractDecay",
   "AbstractDropFraction",
   "AbstractMaskSchedule",
   "Alternating",
   "ConstantFraction",
   "Cosine",
   "CosineFraction",
+  "ExponentialDecay",
   "Linear",
+  "LinearDecay",
   "OneShot",
   "Periodic",
   "PiecewiseFraction",

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,12 @@ class AbstractMaskSchedule(abc.ABC):
 
   Masks interpolate the number of removed units of a leaf between its first and last count, rounded down: exact at both
   ends, and in between within one unit (and float32's rounding of the progress) of `floor(units * sparsity_t)`.
+
+  `event` names an entry of the inner optimizer's state that holds the count of an update in which something happened,
+  -1 before that (STEP's `frozen_at`). The schedule then counts from there: 0 in that very update, -1 before it.
   """
+
+  event: ClassVar[str | None] = None
 
   @abc.abstractmethod
   def due(self, count: Count) -> jax.Array:

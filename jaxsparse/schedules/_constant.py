@@ -15,6 +15,7 @@ class Periodic(_base.AbstractMaskSchedule):
     every: updates between refreshes.
     stop: refreshes end before this count; None refreshes for ever.
     start: count of the first refresh.
+    event: counts start at this event of the inner optimizer, see `AbstractMaskSchedule`.
 
   Raises:
     ValueError: stop <= start, every < 1 or start < 0.
@@ -23,6 +24,7 @@ class Periodic(_base.AbstractMaskSchedule):
   every: int = 1
   stop: int | None = None
   start: int = 0
+  event: str | None = None
 
   def __post_init__(self):
     _base.check_window("Periodic", self.every, self.start, self.stop)
