@@ -87,8 +87,8 @@ def scale_by_adam_nm(
     strength: number or schedule (of the count of updates before this one).
     mix: a_t in [0, 1], number or schedule. With it the pull replaces the gradient bit by bit: (1 - a_t) m + a_t pull.
       None adds the pull to all of m.
-    freeze_nu: when to fix `nu` (STEP). Afterwards the update is m / (1 - b1^t) / (sqrt(nu) + eps), with `nu` as it was,
-      uncorrected.
+    freeze_nu: when to fix `nu` (STEP). Afterwards the update is m / (1 - b1^t) / (sqrt(nu / (1 - b2^t0)) + eps), with `nu` as
+      it was after t0 updates.
     nu_floor: in the switching update `nu` is raised to this share of its mean in each leaf. With 0, units that were
       dead in the first phase get an unbounded step when a mask wakes them.
 
@@ -108,7 +108,8 @@ def scale_by_adam_nm(
     Adaptive Sparse Training, 2024, https://arxiv.org/abs/2407.20584. CAST: Huang et al., CAST: Continuous and
     Differentiable Semi-Structured Sparsity-Aware Training for Large Language Models, 2025,
     https://arxiv.org/abs/2509.25996.
-    Differs from the papers: `nu_floor` is not in STEP (plain STEP became NaN on small networks with dead units). AST's
+    Differs from the papers: `nu_floor` is not in STEP (plain STEP became NaN on small networks with dead units), and
+    STEP's fixed `nu` is used there without its bias correction, which is 1 after a long first phase. AST's
     published GPT-2 code pushes masked weights away from zero (a bitwise not of an integer mask); this is its equation.
     CAST's pull is experimental: its exact place and default strength could not be checked.
   """
@@ -163,7 +164,7 @@ def scale_by_adam_nm(
       # The step reads the moment that is stored, so that XLA can write it in place of the old one.
       hold = lambda old, new, low: jnp.where(frozen, old, jnp.maximum(new, low.astype(new.dtype)))
       nu = jax.tree.map(hold, state.nu, nu, lowest)
-      correction = jnp.where(frozen, 1, 1 - b2**t)
+      correction = 1 - b2 ** jnp.where(frozen, frozen_at + 1, t)
       scale = jax.tree.map(lambda n: n / correction.astype(n.dtype), nu)
     out = jax.tree.map(lambda u, s: u / (jnp.sqrt(s) + eps), direction, scale)
     return out, AdamNMState(t, mu, nu, frozen_at, changes, options)

@@ -413,7 +413,7 @@ def test_step_stays_finite_with_dead_units():
     sizes[floor] = np.abs(np.asarray(updates["w"][0])).max()
   assert sizes[0.0] > 1e5
   mean = 0.001 * 5.985 * 7 / 8  # of nu after six squared gradients of one, and an eighth of zeros
-  np.testing.assert_allclose(sizes[0.1], 0.1 / (1 - 0.9**7) / np.sqrt(0.1 * mean), rtol=1e-3)
+  np.testing.assert_allclose(sizes[0.1], 0.1 / (1 - 0.9**7) / np.sqrt(0.1 * mean / (1 - 0.999**6)), rtol=1e-3)
 
 
 def test_only_maskable_leaves_decide_the_switch():

@@ -29,7 +29,8 @@ def step(sparsity: float | None = None, *, every: int = 1, stop: int | None = No
 
   References:
     Lu et al., STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition, 2023,
-    https://arxiv.org/abs/2302.01172. Differs from the paper: see `nu_floor` of `scale_by_adam_nm`, and `AutoSwitch`.
+    https://arxiv.org/abs/2302.01172. Differs from the paper: a floor under the fixed nu and its bias
+    correction, see `scale_by_adam_nm`; see also `AutoSwitch`.
   """
   return _updater.Updater(
     schedule=schedules.Periodic(every=every, stop=stop, event="frozen_at"),

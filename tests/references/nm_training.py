@@ -113,7 +113,7 @@ def adam_nm(params, batches, lr, *, due, pattern, decay, dense_forward=False, b1
 def step(params, batches, lr, *, pattern, earliest, latest, floor, b1=0.9, b2=0.999, eps=1e-8, every=1):
   """STEP: Adam until mean|nu_t - nu_(t-1)| over kernels, averaged over 1 / (1 - b2) updates, is below eps.
 
-  In that update nu is raised to `floor` times its mean in each leaf; afterwards it is fixed and uncorrected.
+  In that update nu is raised to `floor` times its mean in each leaf; afterwards nu and its bias correction are fixed.
   """
   masks = select_all(params, None)
   zeros = {k: {n: np.zeros(w.shape) for n, w in p.items()} for k, p in params.items()}
@@ -122,7 +122,6 @@ def step(params, batches, lr, *, pattern, earliest, latest, floor, b1=0.9, b2=0.
   for t, (x, y) in enumerate(batches):
     grads = network.gradients(masked(params, masks), x, y)
     mu = {k: {n: b1 * m + (1 - b1) * grads[k][n] for n, m in leaf.items()} for k, leaf in mu.items()}
-    correction = 1.0
     if frozen_at is None:
       correction, old = 1 - b2 ** (t + 1), nu
       nu = {k: {n: b2 * v + (1 - b2) * grads[k][n] ** 2 for n, v in leaf.items()} for k, leaf in nu.items()}
