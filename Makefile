@@ -27,8 +27,8 @@ quickstart: $(VENV)/.installed-quickstart
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest -n $(WORKERS) -m "not laws" tests jaxsparse
 
-# Every algorithm with every optimizer (153 runs, 7 minutes on two cores); `make test` runs a selection of it. It last
-# passed on 2026-11-22 (docs/decisions.md).
+# Every algorithm with every optimizer: 7 minutes and more on two cores; `make test` runs a selection of it.
+# docs/decisions.md says when it last passed.
 test-laws: $(VENV)/.installed-test
 	JAXSPARSE_OPTIMISED_TESTS=1 $(RUN) -m pytest -n $(WORKERS) -m laws tests
 
