@@ -40,6 +40,7 @@ from jaxsparse.algorithms import snip
 from jaxsparse.algorithms import sr_ste
 from jaxsparse.algorithms import static_sparse
 from jaxsparse.algorithms import synflow
+from jaxsparse.arrays import BlockArray
 from jaxsparse.arrays import NMArray
 from jaxsparse.config import create_updater
 from jaxsparse.config import updater_config
