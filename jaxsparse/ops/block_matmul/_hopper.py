@@ -252,7 +252,11 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
       product = _product(t.tile_b, transposed, swizzle, row_transforms)
       store_transposed = nm_hopper._store_transposed(t.epilogue_n, out_dtype, out_transforms)
     else:
-      product = lambda a, w_ref, x_ref: a + _interpreted_product(w_ref[...], x_ref[...], transposed)
+
+      def product(accumulator, w_ref, x_ref):
+        w, x = w_ref[...], x_ref[...]
+        plgpu.commit_smem()  # these were ordinary loads, the copy engine writes next; the tensor cores need none
+        return accumulator + _interpreted_product(w, x, transposed)
 
     @pl.when(warpgroup == _WARPGROUPS)
     def _():
