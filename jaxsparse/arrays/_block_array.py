@@ -64,14 +64,18 @@ class BlockArray:
       for name in ("rows", "cols"):
         value = getattr(self, name)
         if not _nm_array.is_concrete(value):
-          raise TypeError(f"BlockArray: static=True needs {name} with values that are known while tracing, got {value}.")
+          raise TypeError(
+            f"BlockArray: static=True needs {name} with values that are known while tracing, got {value}."
+          )
         object.__setattr__(self, name, np.asarray(value, np.int32))
       object.__setattr__(self, "plan", None)
     check(self)
 
   def tree_flatten_with_keys(self):
     children, static = self.tree_flatten()
-    return [(jax.tree_util.GetAttrKey(name), c) for name, c in zip(("blocks", "rows", "cols", "plan"), children)], static
+    return [
+      (jax.tree_util.GetAttrKey(name), c) for name, c in zip(("blocks", "rows", "cols", "plan"), children)
+    ], static
 
   def tree_flatten(self):
     if self.static:
@@ -305,7 +309,9 @@ def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[j
     cols = np.pad(cols, pad, constant_values=kept.shape[1]).astype(np.int32)
     return jnp.asarray(np.pad(rows, pad).astype(np.int32)), jnp.asarray(cols)
   if capacity is None:
-    raise ValueError(f"{name}: inside jit the number of kept blocks is not known; say capacity=, the most there can be.")
+    raise ValueError(
+      f"{name}: inside jit the number of kept blocks is not known; say capacity=, the most there can be."
+    )
   block_rows, block_cols = keep.shape
   flat = jnp.nonzero(keep.T.reshape(-1), size=capacity, fill_value=block_rows * block_cols)[0].astype(jnp.int32)
   cols = flat // block_rows
@@ -360,7 +366,9 @@ def _check_positions(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) 
 
 def _check_tiling(shape, block_shape, name) -> tuple[tuple[int, int], tuple[int, int]]:
   block = tuple(block_shape) if isinstance(block_shape, (tuple, list)) else block_shape
-  if not (isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, (int, np.integer)) and b > 0 for b in block)):
+  if not (
+    isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, (int, np.integer)) and b > 0 for b in block)
+  ):
     raise ValueError(f"{name}: block_shape={block_shape!r}; two positive integers (bk, bo) are needed.")
   if len(shape) != 2 or shape[0] % block[0] or shape[1] % block[1] or not shape[0] or not shape[1]:
     raise ValueError(

@@ -2,9 +2,36 @@
 
 from jaxsparse.ops._dispatch import Choice
 from jaxsparse.ops._dispatch import Target
+from jaxsparse.ops.block_matmul.api import block_matmul
+from jaxsparse.ops.block_matmul.api import block_matmul_transposed
+from jaxsparse.ops.block_matmul.api import masked_block_matmul
+from jaxsparse.ops.block_matmul.api import plan_blocks
+from jaxsparse.ops.block_matmul.api import which_block_matmul
+from jaxsparse.ops.compact import Compact
+from jaxsparse.ops.compact import compact
+from jaxsparse.ops.compact import compact_matmul
 from jaxsparse.ops.nm_matmul.api import nm_matmul
 from jaxsparse.ops.nm_matmul.api import pack
 from jaxsparse.ops.nm_matmul.api import unpack
 from jaxsparse.ops.nm_matmul.api import which_nm_matmul
+from jaxsparse.ops.sampled_matmul.api import sampled_matmul
+from jaxsparse.ops.sampled_matmul.api import which_sampled_matmul
 
-__all__ = ["Choice", "Target", "nm_matmul", "pack", "unpack", "which_nm_matmul"]
+__all__ = [
+  "Choice",
+  "Compact",
+  "Target",
+  "block_matmul",
+  "block_matmul_transposed",
+  "compact",
+  "compact_matmul",
+  "masked_block_matmul",
+  "nm_matmul",
+  "pack",
+  "plan_blocks",
+  "sampled_matmul",
+  "unpack",
+  "which_block_matmul",
+  "which_nm_matmul",
+  "which_sampled_matmul",
+]

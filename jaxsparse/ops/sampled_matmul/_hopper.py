@@ -100,7 +100,9 @@ def _build(t, x, at, plan, out_dtype, interpret):
     plgpu.SwizzleTransform(out_columns * out_dtype.itemsize),
   )
 
-  def kernel(x_gmem, dy_gmem, minor, slots, starts, items, num_items, out_gmem, *, x_smem, dy_smem, out_smem, full, empty):
+  def kernel(
+    x_gmem, dy_gmem, minor, slots, starts, items, num_items, out_gmem, *, x_smem, dy_smem, out_smem, full, empty
+  ):
     warpgroup = lax.axis_index("warpgroup")
     div, rem = lambda a, b: lax.div(a, jnp.int32(b)), lambda a, b: lax.rem(a, jnp.int32(b))
 
