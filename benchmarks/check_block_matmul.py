@@ -1,0 +1,175 @@
+"""Checks the block-sparse products on the device at hand, and times them: the first thing to run after a change of a kernel.
+
+  python benchmarks/check_block_matmul.py [--implementation=hopper] [--notimes]
+
+Every block size, empty, full, ragged and skewed patterns, both forms, three dtypes of the result; forward, transposed and
+sampled product, also as gradients. Errors are relative to float32 products of XLA of the same operands. The last
+lines are a table of times at 8192 x 8192 x 8192 beside the dense dot. Exits with 1 if anything is wrong.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import importlib
+import os
+import statistics
+import sys
+import time
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+
+import jaxsparse as js
+from jaxsparse.ops.block_matmul import tuning
+
+_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Default: hopper on a GPU, xla elsewhere.")
+_TIMES = flags.DEFINE_bool("times", True, "Time 8192 x 8192 x 8192, and several tunings of it.")
+
+_BLOCKS = ((128, 128), (64, 64), (32, 32), (256, 64), (64, 256), (32, 128), (128, 32), (64, 32), (32, 64))
+_LIMIT = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 2e-5}
+
+
+def weight(k, o, block, density, *, seed=0, skew=False, extra=0, static=False, dtype=jnp.bfloat16):
+  """A random weight; skewed: block column c keeps blocks in proportion to 1 / (c + 1)."""
+  rng = np.random.default_rng(seed)
+  grid = (k // block[0], o // block[1])
+  share = np.full(grid[1], density)
+  if skew:
+    share = rng.permutation(1 / (1 + np.arange(grid[1])))
+    low, high = 0.0, 1.0 / share.min()
+    for _ in range(50):
+      mid = (low + high) / 2
+      low, high = (mid, high) if np.minimum(mid * share, 1).mean() < density else (low, mid)
+    share = np.minimum(mid * share, 1)
+  keep = rng.random(grid) < share
+  rows, cols = np.nonzero(keep.T)[::-1]
+  capacity = max(1, rows.size) + extra
+  pad = (0, capacity - rows.size)
+  blocks = jax.random.normal(jax.random.key(seed), (capacity, *block), dtype)
+  rows, cols = np.pad(rows, pad).astype(np.int32), np.pad(cols, pad, constant_values=grid[1]).astype(np.int32)
+  w = js.BlockArray(blocks, jnp.asarray(rows), jnp.asarray(cols), shape=(k, o))
+  return w.freeze() if static else js.ops.plan_blocks(w)
+
+
+def error(got, want) -> float:
+  got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+  return float(jnp.linalg.norm(got - want) / jnp.maximum(jnp.linalg.norm(want), 1e-20))
+
+
+def check(name, w, batch, out, implementation) -> bool:
+  """The three products of one weight, the last two as gradients of the first unless `out` is given; prints a line."""
+  x, dy = (jax.random.normal(jax.random.key(i), (batch, n), w.dtype) for i, n in enumerate(w.shape))
+
+  def products(x, dy, w, **kwargs):
+    if out is None:
+      y, pull = jax.vjp(lambda x, b: js.ops.block_matmul(x, dataclasses.replace(w, blocks=b), **kwargs), x, w.blocks)
+      return y, *pull(dy)
+    kwargs["preferred_element_type"] = out
+    return (
+      js.ops.block_matmul(x, w, **kwargs),
+      js.ops.block_matmul_transposed(dy, w, **kwargs),
+      js.ops.sampled_matmul(x, dy, w, **kwargs),
+    )
+
+  try:
+    got = jax.jit(functools.partial(products, implementation=implementation))(x, dy, w)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, (x, dy, w))
+    want = jax.jit(functools.partial(products, implementation="reference"))(*wide)
+    errors = [error(a, b) for a, b in zip(got, want)]
+  except Exception as problem:  # noqa: BLE001  One failure must not hide the others.
+    print(f"FAILED {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+    return False
+  good = all(e < _LIMIT[jnp.dtype(out or w.dtype).name] for e in errors)  # false for NaN
+  print(f"{'ok    ' if good else 'WRONG '} {name}: " + " ".join(f"{e:.2e}" for e in errors), flush=True)
+  return good
+
+
+def checks():
+  """(name, weight, rows of x, dtype of the result)."""
+  big = jax.default_backend() == "gpu"
+  k, o = (1024, 1536) if big else (256, 512)
+  for i, block in enumerate(_BLOCKS):
+    size = "x".join(map(str, block))
+    yield f"{size}, 0.3", weight(k, o, block, 0.3, seed=i), 300, None
+  for block in _BLOCKS[:3]:
+    size = "x".join(map(str, block))
+    yield f"{size}, empty", weight(k, o, block, 0.0), 64, None
+    yield f"{size}, full, float32", weight(k, o, block, 1.0), 96, jnp.float32
+    yield f"{size}, skewed, room for more", weight(k, o, block, 0.2, skew=True, extra=7), 520, None
+    yield f"{size}, static", weight(k, o, block, 0.2, static=True), 128, None
+    yield f"{size}, 1 row", weight(k, o, block, 0.2), 1, None
+    yield f"{size}, 17 rows", weight(k, o, block, 0.2), 17, None
+    yield f"{size}, float16", weight(k, o, block, 0.2, dtype=jnp.float16), 256, None
+    yield f"{size}, ragged tiles", weight(block[0] * 7, block[1] * 5, block, 0.5), 136, None
+
+
+def times(implementation):
+  """Rows of a table: 8192 x 8192 x 8192, three products."""
+  profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+  n, rows = 8192, []
+  x, dy = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
+  dense_w = jax.random.normal(jax.random.key(2), (n, n), jnp.bfloat16)
+
+  def time_of(f, *args):
+    program = jax.jit(f).lower(*args).compile()
+    samples = []
+    for _ in range(2):
+      _, measured = profiler.measure(program, iterations=5)(*args)
+      samples += measured if isinstance(measured, list) else [measured]
+    return 1e3 * statistics.median(samples)
+
+  for block in _BLOCKS[:3]:
+    for density in (0.5, 0.1, 0.05):
+      w = weight(n, n, block, density)
+      row = {"block": "x".join(map(str, block)), "density": density, "dense us": time_of(jnp.dot, x, dense_w)}
+      for name, op, args in (
+        ("fwd", js.ops.block_matmul, (x, w)),
+        ("dx", js.ops.block_matmul_transposed, (dy, w)),
+        ("dw", js.ops.sampled_matmul, (x, dy, w)),
+      ):
+        try:
+          us = time_of(functools.partial(op, implementation=implementation), *args)
+          row |= {f"{name} us": us, f"{name} x": row["dense us"] / us}
+        except Exception as problem:  # noqa: BLE001
+          print(f"FAILED {row} {name}: {str(problem)[:200]}", flush=True)
+      rows.append(row)
+  if implementation == "hopper":
+    from jaxsparse.ops.block_matmul import _hopper
+
+    for block in _BLOCKS[:3]:
+      w = weight(n, n, block, 0.1)
+      for tiles in (
+        tuning.Tuning(256, 4, 1, 1), tuning.Tuning(256, 4, 1, 2), tuning.Tuning(256, 4, 1, 8), tuning.Tuning(256, 4, 1, 32),
+        tuning.Tuning(256, 3, 1, 4), tuning.Tuning(192, 5, 1, 4), tuning.Tuning(128, 5, 1, 4), tuning.Tuning(128, 5, 1, 8),
+      ):  # fmt: skip
+        try:
+          us = time_of(functools.partial(_hopper.block_matmul_hopper, tuning=tiles), x, w)
+          print(f"{block} 0.1: {us:.1f} us with {tiles}", flush=True)
+        except Exception as problem:  # noqa: BLE001
+          print(f"FAILED {tiles}: {str(problem)[:200]}", flush=True)
+  return rows
+
+
+def main(argv):
+  del argv
+  began = time.monotonic()
+  gpu = jax.default_backend() == "gpu"
+  implementation = _IMPLEMENTATION.value or ("hopper" if gpu else "xla")
+  # Compiling takes most of the time.
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    good = list(pool.map(lambda case: check(*case, implementation), checks()))
+  if gpu and _TIMES.value:
+    rows = times(implementation)
+    report.print_table(rows, list(dict.fromkeys(key for row in rows for key in row)))
+  environment = report.environment()
+  print(f"{sum(good)} of {len(good)} right with {implementation!r}; {environment['device']}, jax {environment['jax']}, "
+        f"{time.monotonic() - began:.0f} s")  # fmt: skip
+  sys.exit(not all(good))
+
+
+if __name__ == "__main__":
+  app.run(main)
