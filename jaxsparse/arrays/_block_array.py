@@ -40,6 +40,7 @@ class BlockArray:
     plan: None, or what kernels derive from the positions (`js.ops.plan_blocks` adds it); of the dynamic form only.
     shape: (K, O), static.
     static: which form this is, static.
+    positions: of the static form, as one hashable value; else None.
 
   Raises:
     ValueError, TypeError: for blocks or positions that break an invariant; the message names the first place.
@@ -69,6 +70,7 @@ class BlockArray:
           )
         object.__setattr__(self, name, np.asarray(value, np.int32))
       object.__setattr__(self, "plan", None)
+    object.__setattr__(self, "positions", Positions(self.rows, self.cols) if self.static else None)
     check(self)
 
   def tree_flatten_with_keys(self):
@@ -79,7 +81,7 @@ class BlockArray:
 
   def tree_flatten(self):
     if self.static:
-      return (self.blocks,), (self.shape, Positions(self.rows, self.cols))
+      return (self.blocks,), (self.shape, self.positions)
     return (self.blocks, self.rows, self.cols, self.plan), (self.shape, None)
 
   @classmethod
@@ -93,6 +95,7 @@ class BlockArray:
       object.__setattr__(self, name, leaf)
     object.__setattr__(self, "shape", shape)
     object.__setattr__(self, "static", positions is not None)
+    object.__setattr__(self, "positions", positions)
     return self
 
   @property

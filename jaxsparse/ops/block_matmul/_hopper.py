@@ -93,7 +93,11 @@ def block_matmul_hopper(
   plan = plans.transposed if transposed else plans.forward
   outputs = w.shape[0] if transposed else w.shape[1]
   if tuning is None:
-    tuning = tunings.best_tuning(x.shape[0], -(-outputs // tunings.TILE), w.density)
+    blocks = w.density * w.grid[1 if transposed else 0]  # of a tile where blocks are as wide
+    depth, size = w.block_shape[::-1] if transposed else w.block_shape
+    # Narrower blocks share a tile; at low density they share few rows.
+    blocks *= min(max(1, tunings.TILE // size), 1 / max(w.density, 1e-9))
+    tuning = tunings.best_tuning(x.shape[0], outputs, blocks, depth, w.density)
   parts_dtype = out_dtype if tuning.split_k == 1 else jnp.dtype(jnp.float32)
   run = _build(tuning, x, w, outputs, transposed, parts_dtype, interpret)
   y = run(x, w.blocks, *(jnp.asarray(a) for a in (plan.minor, plan.slots, plan.starts, plan.order, plan.heavy)))

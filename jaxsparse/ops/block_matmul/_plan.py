@@ -56,8 +56,7 @@ def plans_of(w: _block_array.BlockArray) -> Plans:
   if w.plan is not None:
     return w.plan
   if w.static:
-    # The wrapper hashes by content, so that a mask is planned once.
-    return _static_plans(_block_array.Positions(w.rows, w.cols), w.grid, w.block_shape)
+    return _static_plans(w.positions, w.grid, w.block_shape)
   return _plans(w.rows, w.cols, w.grid, w.block_shape)
 
 

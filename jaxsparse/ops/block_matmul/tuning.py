@@ -5,6 +5,10 @@ import dataclasses
 SHARED_BYTES = 227 * 1024  # of one block on Hopper
 _BARRIER_BYTES = 1024
 _SMS = 132
+# Of the model that decides whether lists are split: to be fitted to measurements.
+_STEP_US, _SMALL_STEP_US = 0.65, 0.35  # 64 of the sum: bound by tensor cores, and by what one multiprocessor loads
+_LAUNCH_US = 4.0  # adding up the parts is a kernel of its own
+_BYTES_PER_US = 2.5e6
 TILE = 128  # of the result, along its blocks: 64 for each of the two warpgroups that multiply
 
 
@@ -50,29 +54,32 @@ class Tuning:
     return self.stages * step + out + _BARRIER_BYTES
 
 
-def best_tuning(batch: int, tiles: int, density: float) -> Tuning:
-  """Tiles for `batch` rows of x and a result of `tiles` tiles along its blocks.
+def best_tuning(batch: int, outputs: int, blocks: int, depth: int, density: float) -> Tuning:
+  """Tiles for `batch` rows of x.
 
   Args:
     batch: rows of x.
-    tiles: `TILE`-wide tiles of the result.
+    outputs: width of the result.
+    blocks: kept blocks for each tile of the result, on average.
+    depth: of a block along the sum.
     density: of the blocks, at most 1.
   """
   tile_b = min(256, -(-batch // 8) * 8)
-  if batch > 256:
+  if 256 < batch < 1024 and 0 < batch % 256 <= 128:
     # A last tile that is nearly empty costs as much as a full one.
-    rest = batch % 256
-    if 0 < rest <= 128 and batch < 1024:
-      tile_b = -(-batch // (8 * -(-batch // 256))) * 8
+    tile_b = -(-batch // (8 * -(-batch // 256))) * 8
   across = -(-batch // tile_b)
-  # Few tiles: split the lists until every multiprocessor has work, at most twice that.
-  split = 1
-  while batch <= 256 and tiles * across * split < 1.5 * _SMS and split < 8:
-    split *= 2
+  tiles = -(-outputs // TILE) * across
+
+  def microseconds(split):
+    step = _STEP_US if tile_b > 64 else _SMALL_STEP_US
+    lists = -(-tiles * split // _SMS) / split * blocks * max(1, depth // 64) * step
+    return lists + (0 if split == 1 else _LAUNCH_US + split * batch * outputs * 8 / _BYTES_PER_US)
+
   # What runs at a time shares x along B and w along O; w is smaller by its density.
   width = max(1, min(across, round((_SMS * density / 2) ** 0.5)))
   stages = 4 if tile_b > 128 else 5 if tile_b > 64 else 8
-  return Tuning(tile_b, stages, split, width)
+  return Tuning(tile_b, stages, min((1, 2, 4, 8), key=microseconds), width)
 
 
 def _epilogue_n(tile_b: int) -> int:

@@ -62,7 +62,8 @@ def sampled_matmul_hopper(x, dy, at: _block_array.BlockArray, *, out_dtype=None,
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
   plan = _plan.plans_of(at).sampled
   if tuning is None:
-    tuning = tunings.best_tuning(x.shape[0], -(-at.capacity // _plan.sampled_entries(at.block_shape[1])))
+    items = -(-at.capacity // _plan.sampled_entries(at.block_shape[1]))
+    tuning = tunings.best_tuning(x.shape[0], items, at.blocks.size)
   parts_dtype = out_dtype if tuning.split_b == 1 else jnp.dtype(jnp.float32)
   run = _build(tuning, x, at, plan, parts_dtype, interpret)
   lists = (plan.minor, plan.slots, plan.starts, plan.items.reshape(-1), plan.num_items)

@@ -3,6 +3,10 @@
 import dataclasses
 
 _SMS = 132
+# Of the model that decides whether the rows are split: to be fitted to measurements.
+_STEP_US = 0.75  # 64 rows of x and dy
+_LAUNCH_US = 4.0  # adding up the parts is a kernel of its own
+_BYTES_PER_US = 2.5e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +31,11 @@ class Tuning:
       raise ValueError(f"{self} needs stages in [1, 4], split_b of at least 1 and epilogue_slots of 1 or 2.")
 
 
-def best_tuning(batch: int, items: int) -> Tuning:
-  """Pipeline for `batch` rows and about `items` tiles: few tiles are split along the rows."""
-  split = 1
-  while items * split < _SMS and split < 8 and batch // (2 * split) >= 512:
-    split *= 2
-  return Tuning(split_b=split)
+def best_tuning(batch: int, items: int, entries: int) -> Tuning:
+  """Pipeline for `batch` rows and about `items` tiles that hold `entries` kept entries in all."""
+
+  def microseconds(split):
+    tiles = -(-items * split // _SMS) / split * (batch / 64) * _STEP_US
+    return tiles + (0 if split == 1 else _LAUNCH_US + split * entries * 8 / _BYTES_PER_US)
+
+  return Tuning(split_b=min((1, 2, 4, 8), key=microseconds))
