@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import importlib
+import itertools
 import os
 import statistics
 import sys
@@ -30,6 +31,10 @@ _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Default: hopper o
 _TIMES = flags.DEFINE_bool("times", True, "Time 8192 x 8192 x 8192, and several tunings of it.")
 
 _BLOCKS = ((128, 128), (64, 64), (32, 32), (256, 64), (64, 256), (32, 128), (128, 32), (64, 32), (32, 64))
+_TUNINGS = (
+  tuning.Tuning(256, 4, 1, 1), tuning.Tuning(256, 4, 1, 2), tuning.Tuning(256, 4, 1, 8), tuning.Tuning(256, 4, 1, 32),
+  tuning.Tuning(256, 3, 1, 4), tuning.Tuning(192, 4, 1, 4), tuning.Tuning(128, 6, 1, 4), tuning.Tuning(128, 6, 1, 8),
+)  # fmt: skip
 _LIMIT = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 2e-5}
 
 
@@ -108,50 +113,61 @@ def checks():
 
 
 def times(implementation):
-  """Rows of a table: 8192 x 8192 x 8192, three products."""
+  """Rows of a table: 8192 x 8192 x 8192, three products; and of the forward product with several tunings."""
   profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
-  n, rows = 8192, []
-  x, dy = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-  dense_w = jax.random.normal(jax.random.key(2), (n, n), jnp.bfloat16)
+  n = 8192
+  x, dy, full = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(3))
+  dense = {
+    "fwd": (jnp.dot, x, full),
+    "dx": (lambda dy, w: dy @ w.T, dy, full),
+    "dw": (lambda x, dy: x.T @ dy, x, dy),
+  }
+  jobs = {("dense", name): args for name, args in dense.items()}
+  for block, density in itertools.product(_BLOCKS[:3], (1.0, 0.5, 0.1, 0.05)):
+    w, key = weight(n, n, block, density), ("x".join(map(str, block)), density)
+    bind = lambda op: functools.partial(op, implementation=implementation)
+    jobs[*key, "fwd"] = (bind(js.ops.block_matmul), x, w)
+    jobs[*key, "dx"] = (bind(js.ops.block_matmul_transposed), dy, w)
+    jobs[*key, "dw"] = (bind(js.ops.sampled_matmul), x, dy, w)
+    if implementation == "hopper" and density == 0.1:
+      from jaxsparse.ops.block_matmul import _hopper
 
-  def time_of(f, *args):
-    program = jax.jit(f).lower(*args).compile()
-    samples = []
-    for _ in range(2):
-      _, measured = profiler.measure(program, iterations=5)(*args)
-      samples += measured if isinstance(measured, list) else [measured]
-    return 1e3 * statistics.median(samples)
+      for t in _TUNINGS:
+        jobs[*key, f"fwd, {t}"] = (functools.partial(_hopper.block_matmul_hopper, tuning=t), x, w)
 
-  for block in _BLOCKS[:3]:
-    for density in (0.5, 0.1, 0.05):
-      w = weight(n, n, block, density)
-      row = {"block": "x".join(map(str, block)), "density": density, "dense us": time_of(jnp.dot, x, dense_w)}
-      for name, op, args in (
-        ("fwd", js.ops.block_matmul, (x, w)),
-        ("dx", js.ops.block_matmul_transposed, (dy, w)),
-        ("dw", js.ops.sampled_matmul, (x, dy, w)),
-      ):
-        try:
-          us = time_of(functools.partial(op, implementation=implementation), *args)
-          row |= {f"{name} us": us, f"{name} x": row["dense us"] / us}
-        except Exception as problem:  # noqa: BLE001
-          print(f"FAILED {row} {name}: {str(problem)[:200]}", flush=True)
-      rows.append(row)
-  if implementation == "hopper":
-    from jaxsparse.ops.block_matmul import _hopper
+  def prepare(job):
+    try:
+      return jax.jit(job[0]).lower(*job[1:]).compile()
+    except Exception as problem:  # noqa: BLE001
+      return f"{type(problem).__name__}: {str(problem)[:300]}"
 
-    for block in _BLOCKS[:3]:
-      w = weight(n, n, block, 0.1)
-      for tiles in (
-        tuning.Tuning(256, 4, 1, 1), tuning.Tuning(256, 4, 1, 2), tuning.Tuning(256, 4, 1, 8), tuning.Tuning(256, 4, 1, 32),
-        tuning.Tuning(256, 3, 1, 4), tuning.Tuning(192, 5, 1, 4), tuning.Tuning(128, 5, 1, 4), tuning.Tuning(128, 5, 1, 8),
-      ):  # fmt: skip
-        try:
-          us = time_of(functools.partial(_hopper.block_matmul_hopper, tuning=tiles), x, w)
-          print(f"{block} 0.1: {us:.1f} us with {tiles}", flush=True)
-        except Exception as problem:  # noqa: BLE001
-          print(f"FAILED {tiles}: {str(problem)[:200]}", flush=True)
-  return rows
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    programs = dict(zip(jobs, pool.map(prepare, jobs.values())))
+  samples = {key: [] for key in jobs}
+  for _, (key, program) in itertools.product(range(2), programs.items()):
+    if isinstance(program, str):
+      continue
+    try:
+      _, measured = profiler.measure(program, iterations=5)(*jobs[key][1:])
+      samples[key] += measured if isinstance(measured, list) else [measured]
+    except Exception as problem:  # noqa: BLE001
+      programs[key] = f"{type(problem).__name__}: {str(problem)[:300]}"
+  us = {key: 1e3 * statistics.median(found) for key, found in samples.items() if found}
+  for key, program in programs.items():
+    if isinstance(program, str):
+      print(f"FAILED {key}: {program}", flush=True)
+  for key, found in us.items():
+    if "Tuning" in key[-1]:
+      print(f"{key[0]}, {key[1]}: {found:.1f} us, {key[-1]}", flush=True)
+  rows = []
+  for block, density in dict.fromkeys(key[:2] for key in jobs if len(key) == 3):
+    row = {"block": block, "density": density}
+    for name in dense:
+      if (block, density, name) in us:
+        ratio = us["dense", name] / us[block, density, name]
+        row |= {f"{name} us": us[block, density, name], f"{name} ratio": ratio, f"{name} of ideal": ratio * density}
+    rows.append(row)
+  return rows, {f"dense {name} us": us.get(("dense", name)) for name in dense}
 
 
 def main(argv):
@@ -163,8 +179,9 @@ def main(argv):
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     good = list(pool.map(lambda case: check(*case, implementation), checks()))
   if gpu and _TIMES.value:
-    rows = times(implementation)
+    rows, baseline = times(implementation)
     report.print_table(rows, list(dict.fromkeys(key for row in rows for key in row)))
+    print(baseline)
   environment = report.environment()
   print(f"{sum(good)} of {len(good)} right with {implementation!r}; {environment['device']}, jax {environment['jax']}, "
         f"{time.monotonic() - began:.0f} s")  # fmt: skip
