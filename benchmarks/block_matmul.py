@@ -275,7 +275,7 @@ def plot(path, rows, title):
 
   rows = [row for row in rows if row["pattern"] == "random"]
   products = [p for p in ("fwd", "dx", "dw") if any(row["product"] == p for row in rows)]
-  blocks = list(dict.fromkeys(row["block"] for row in rows))
+  blocks = sorted({row["block"] for row in rows}, key=lambda block: -int(block.split("x")[0]))
   if not rows:
     return
   fig, axes = plt.subplots(
@@ -299,6 +299,8 @@ def plot(path, rows, title):
     ax.axhline(1, color="black", linewidth=0.8)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_xticks(arg_specs.DENSITIES, [f"{d:g}" for d in arg_specs.DENSITIES])
+    ax.minorticks_off()
     ax.set_title(f"{product}, {block}", fontsize=10)
     ax.set_xlabel("density")
   axes[0][0].set_ylabel("dense time / sparse time")
