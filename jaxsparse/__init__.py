@@ -61,6 +61,7 @@ from jaxsparse.algorithms import step
 from jaxsparse.algorithms import structure_decay
 from jaxsparse.algorithms import synflow
 from jaxsparse.algorithms import top_kast
+from jaxsparse.arrays import BlockArray
 from jaxsparse.arrays import NMArray
 from jaxsparse.config import create_updater
 from jaxsparse.config import updater_config

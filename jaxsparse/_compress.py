@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from jaxsparse import _tree
 from jaxsparse import masks as masks_lib
+from jaxsparse.arrays import BlockArray
 from jaxsparse.arrays import NMArray
 from jaxsparse.arrays import _nm_array
+from jaxsparse.structures import Block
 from jaxsparse.structures import NM
 from jaxsparse.structures import Frames
 
@@ -24,9 +26,9 @@ class LeafReport:
   Attributes:
     name: "mlp/kernel".
     shape: of the dense leaf.
-    pattern: "2:4", or None where the leaf stays dense.
+    pattern: "2:4" or "64x64 blocks", or None where the leaf stays dense.
     reason: why it stays dense, "" where it does not.
-    bytes_before, bytes_after: of the dense leaf, and of what took its place (`NMArray.nbytes`).
+    bytes_before, bytes_after: of the dense leaf, and of what took its place (its `nbytes`).
   """
 
   name: str
@@ -69,34 +71,34 @@ def compress(
   params: Any,
   masks: Any,
   *,
-  structure: NM | Frames | None = None,
+  structure: NM | Frames | Block | None = None,
   dtype: Any = None,
   on_mismatch: str = "report",
   return_report: bool = False,
 ) -> Any:
-  """Turns pruned weights into `NMArray` nodes where their masks are N:M along the reduction axis.
+  """Turns pruned weights into `NMArray` nodes where their masks are N:M, or `BlockArray` nodes where blocks are removed.
 
-  The reduction axis of a matmul kernel `[K, O]` is -2. Leaves without a mask (biases, embeddings that a rule left
+  N:M is along the reduction axis; that of a matmul kernel `[K, O]` is -2. Leaves without a mask (biases, embeddings that a rule left
   dense), convolution kernels and other ranks stay dense arrays; the report says why.
 
   Args:
     params: parameters: a tree of arrays, `nnx.State`, linen's parameter dictionary.
     masks: masks as `js.get_masks`, `updater.export` or `updater.instant_sparsify` give them: bool arrays, `PackedMask`,
       `optax.MaskedNode()` for dense leaves. Weights outside a mask are dropped, whatever they are.
-    structure: `js.NM(n, m)`: the pattern to store (of `js.Frames`, the last one). Its `stack_axes` say that leaves stack
-      layers `[*S, K, O]`; it may not name another reduction axis. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8,
-      2:4, 4:8 that fits.
+    structure: the pattern to store. `js.NM(n, m)` (of `js.Frames`, the last one): its `stack_axes` say that leaves stack layers `[*S, K, O]`; it may not
+      name another reduction axis. `js.Block((bk, bo))`: the blocks in which a mask keeps anything; leaves that stack
+      layers stay dense. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8, 2:4, 4:8 that fits.
     dtype: of the stored values; None keeps that of the weight. Leaves that stay dense are not changed.
     on_mismatch: "report" leaves a masked leaf that does not fit dense; "error" raises.
     return_report: also return a `CompressionReport`.
 
   Returns:
-    A tree with the containers of `params` and `NMArray` leaves; with `return_report=True`, (tree, report).
+    A tree with the containers of `params` and `NMArray` or `BlockArray` leaves; with `return_report=True`, (tree, report).
 
   Raises:
     ValueError: the trees differ, not a single leaf can be stored compressed (the message holds the report), or, with
       `on_mismatch="error"`, a masked leaf does not fit.
-    TypeError: inside `jit` (masks must be looked at), or the structure is not N:M.
+    TypeError: inside `jit` (masks must be looked at), or the structure is neither N:M nor blocks.
 
   >>> import jaxsparse as js
   >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]]), "bias": jnp.zeros(1)}
@@ -104,8 +106,11 @@ def compress(
   NMArray(2:4, shape=(4, 1), dtype=float32)
   """
   structure = structure.last if isinstance(structure, Frames) else structure
-  if structure is not None and not isinstance(structure, NM):
-    raise TypeError(f"compress stores N:M patterns; structure={structure!r} is not one. Use js.NM(n, m), or None.")
+  if structure is not None and not isinstance(structure, (NM, Block)):
+    raise TypeError(
+      f"compress stores N:M patterns and blocks; structure={structure!r} is neither. Use js.NM(n, m), js.Block((bk, bo)), "
+      "or None."
+    )
   if on_mismatch not in ("report", "error"):
     raise ValueError(f"on_mismatch={on_mismatch!r}; allowed are 'report' and 'error'.")
   leaves = _tree.flatten(params)
@@ -126,13 +131,14 @@ def compress(
     report.append(LeafReport(name, tuple(value.shape), pattern, reason, size, size if reason else stored.nbytes))
   report = CompressionReport(tuple(report))
   if not any(leaf.pattern for leaf in report.leaves):
-    raise ValueError(f"compress: no leaf can be stored as an N:M array.\n{report}")
+    kind = "a block-sparse array" if isinstance(structure, Block) else "an N:M array"
+    raise ValueError(f"compress: no leaf can be stored as {kind}.\n{report}")
   tree = leaves.treedef.unflatten(out)
   return (tree, report) if return_report else tree
 
 
 def _compress_leaf(label, value, node, structure, dtype) -> tuple[Any, str]:
-  """(NMArray, ""), or the leaf as it is and why."""
+  """(NMArray or BlockArray, ""), or the leaf as it is and why."""
   if _tree.is_masked_node(node):
     return value, "it has no mask."
   stack = 0 if structure is None else len(structure.stack_axes)
@@ -140,6 +146,8 @@ def _compress_leaf(label, value, node, structure, dtype) -> tuple[Any, str]:
   if reason:
     return value, reason
   mask = jnp.asarray(masks_lib.unpack(node)).astype(bool)
+  if isinstance(structure, Block):
+    return _compress_blocks(label, value, mask, structure, dtype)
   candidates = [(structure.n, structure.m)] if structure is not None else _PATTERNS
   reason = ""
   for n, m in candidates:
@@ -155,6 +163,20 @@ def _compress_leaf(label, value, node, structure, dtype) -> tuple[Any, str]:
   return value, reason
 
 
+def _compress_blocks(label, value, mask, structure, dtype) -> tuple[Any, str]:
+  """A BlockArray, unless blocks do not tile the leaf or every block is kept."""
+  if structure.stack_axes:
+    return value, f"{structure!r} stacks layers, whose numbers of blocks differ; store one leaf for each layer."
+  bk, bo = structure.shape
+  if value.shape[0] % bk or value.shape[1] % bo:
+    return value, f"blocks of {bk}x{bo} do not tile shape {tuple(value.shape)}."
+  weight = value if dtype is None else jnp.asarray(value).astype(dtype)
+  blocks = BlockArray.from_dense(weight, structure.shape, mask, name=label)
+  if blocks.count == blocks.grid[0] * blocks.grid[1]:
+    return value, f"its mask keeps something in every block of {bk}x{bo}."
+  return blocks, ""
+
+
 def _wrong_shape(value, structure, stack) -> str:
   """Why a leaf is no matmul kernel, or ""."""
   ndim = value.ndim
@@ -166,7 +188,7 @@ def _wrong_shape(value, structure, stack) -> str:
     named = f"{structure!r}" if stack else "a kernel [K, O]"
     hint = "" if stack or ndim < 3 else f" Layers stacked on leading axes: stack_axes={tuple(range(ndim - 2))}."
     return f"it has {ndim} dimensions, {named} {2 + stack}.{hint}"
-  if structure is not None and structure.axis is not None:
+  if isinstance(structure, NM) and structure.axis is not None:
     axes = structure.axis if isinstance(structure.axis, tuple) else (structure.axis,)
     if [a % 2 for a in axes] != [0] or not all(-2 <= a < 2 for a in axes):
       return f"{structure!r} prunes along another axis than the reduction axis of a kernel [K, O], -2."

@@ -273,8 +273,8 @@ def test_compress_errors():
     js.compress({"w": w}, {"w": mask, "v": mask})
   with pytest.raises(TypeError, match=r"params\['w'\]: compress looks at masks .* outside"):
     jax.jit(lambda w: js.compress({"w": w}, {"w": mask}))(w)
-  with pytest.raises(TypeError, match="structure=Block"):
-    js.compress({"w": w}, {"w": mask}, structure=js.Block((4, 4)))
+  with pytest.raises(TypeError, match="structure=Channel"):
+    js.compress({"w": w}, {"w": mask}, structure=js.Channel())
   with pytest.raises(ValueError, match="on_mismatch='warn'"):
     js.compress({"w": w}, {"w": mask}, on_mismatch="warn")
   assert js.compress({"w": w}, {"w": mask}, structure=js.NM(2, 4, axis=0))["w"].pattern == "2:4"

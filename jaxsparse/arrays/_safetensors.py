@@ -1,8 +1,9 @@
 """Trees with sparse nodes in one safetensors file.
 
 A dense leaf is one tensor. An `NMArray` called `mlp/up` is `mlp/up.values`, `mlp/up.indices` (positions of ceil(log2 m)
-bits each, in row-major order, lowest bits first, as a run of bytes) and `mlp/up.scales` where it is quantised. The
-header's `jaxsparse` entry holds, as JSON, the path of every leaf in the tree and what an `NMArray` needs besides.
+bits each, in row-major order, lowest bits first, as a run of bytes) and `mlp/up.scales` where it is quantised. A
+`BlockArray` is `.blocks`, `.rows` and `.cols`. The header's `jaxsparse` entry holds, as JSON, the path of every leaf in
+the tree and what an array node needs besides.
 """
 
 import contextlib
@@ -17,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _tree
+from jaxsparse.arrays import _block_array
 from jaxsparse.arrays import _nm_array
 
 _VERSION = 1
+_BLOCK_PARTS = ("blocks", "rows", "cols")
 _CHUNK = 1 << 24  # positions unpacked to bits at a time: 16 MiB of positions take 128 MiB
 
 
 def save_safetensors(path: str | os.PathLike, tree: Any) -> None:
-  """Writes a tree of arrays and `NMArray` nodes to a safetensors file.
+  """Writes a tree of arrays, `NMArray` and `BlockArray` nodes to a safetensors file.
 
   The file appears in one piece: it is written beside its place and renamed, so a broken run leaves no half file.
 
@@ -47,6 +50,9 @@ def save_safetensors(path: str | os.PathLike, tree: Any) -> None:
     if isinstance(leaf, _nm_array.NMArray):
       parts, entry["nm"] = _encode_nm(leaf)
       tensors |= {f"{name}.{part}": value for part, value in parts.items()}
+    elif isinstance(leaf, _block_array.BlockArray):
+      entry["blocks"] = {"shape": list(leaf.shape), "static": leaf.static}
+      tensors |= {f"{name}.{part}": np.ascontiguousarray(getattr(leaf, part)) for part in _BLOCK_PARTS}
     elif hasattr(leaf, "unpack"):
       raise TypeError(
         f"tree{jax.tree_util.keystr(key_path)} is a {type(leaf).__name__}, packed for a device; save its unpack()."
@@ -115,7 +121,7 @@ def _library(module: str | None = None) -> Any:
 
 
 def _is_node(x: Any) -> bool:
-  return isinstance(x, _nm_array.NMArray) or hasattr(x, "unpack")
+  return isinstance(x, (_nm_array.NMArray, _block_array.BlockArray)) or hasattr(x, "unpack")
 
 
 def _encode_key(key: Any) -> list[Any]:
@@ -149,12 +155,20 @@ def _encode_nm(w: _nm_array.NMArray) -> tuple[dict[str, np.ndarray], dict[str, A
 
 
 def _decode(name: str, entry: dict[str, Any], tensors: dict[str, Any], path: Any) -> Any:
-  wanted = [name] if "nm" not in entry else [f"{name}.values", f"{name}.indices"]
+  parts = _BLOCK_PARTS if "blocks" in entry else ("values", "indices") if "nm" in entry else ()
+  wanted = [f"{name}.{part}" for part in parts] or [name]
   for key in wanted:
     if key not in tensors:
       raise ValueError(f"{path} names {name!r}, but has no tensor {key!r}.")
-  if "nm" not in entry:
+  if not parts:
     return tensors[name]
+  if "blocks" in entry:
+    blocks = entry["blocks"]
+    try:
+      arrays = (jnp.asarray(tensors[f"{name}.{part}"]) for part in parts)
+      return _block_array.BlockArray(*arrays, shape=tuple(blocks["shape"]), static=blocks["static"])
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"{path}: {name!r} is damaged. {error}") from error
   nm = entry["nm"]
   shape, m = tuple(nm["shape"]), nm["m"]
   count = math.prod(shape)
@@ -221,7 +235,7 @@ def _fill(like: Any, leaves: dict[str, Any], path: Any) -> Any:
     raise ValueError(f"{path} holds another tree: it lacks {missing} and has {extra} besides.")
   for name, (_, want) in zip(names, paths):
     have = leaves[name]
-    same = isinstance(have, _nm_array.NMArray) == isinstance(want, _nm_array.NMArray)
+    same = all(isinstance(have, t) == isinstance(want, t) for t in (_nm_array.NMArray, _block_array.BlockArray))
     if not same or getattr(have, "pattern", None) != getattr(want, "pattern", None):
       raise ValueError(f"{path}: {name!r} is {_kind(have)}, wanted is {_kind(want)}.")
     if tuple(have.shape) != tuple(want.shape) or have.dtype != want.dtype:
@@ -230,4 +244,4 @@ def _fill(like: Any, leaves: dict[str, Any], path: Any) -> Any:
 
 
 def _kind(leaf: Any) -> str:
-  return repr(leaf) if isinstance(leaf, _nm_array.NMArray) else f"a dense {leaf.dtype} of shape {tuple(leaf.shape)}"
+  return repr(leaf) if _is_node(leaf) else f"a dense {leaf.dtype} of shape {tuple(leaf.shape)}"

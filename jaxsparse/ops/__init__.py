@@ -2,6 +2,14 @@
 
 from jaxsparse.ops._dispatch import Choice
 from jaxsparse.ops._dispatch import Target
+from jaxsparse.ops.block_matmul.api import block_matmul
+from jaxsparse.ops.block_matmul.api import block_matmul_transposed
+from jaxsparse.ops.block_matmul.api import masked_block_matmul
+from jaxsparse.ops.block_matmul.api import plan_blocks
+from jaxsparse.ops.block_matmul.api import which_block_matmul
+from jaxsparse.ops.compact import Compact
+from jaxsparse.ops.compact import compact
+from jaxsparse.ops.compact import compact_matmul
 from jaxsparse.ops.nm_matmul._prune_matmul import prune_matmul
 from jaxsparse.ops.nm_matmul._prune_matmul import which_prune_matmul
 from jaxsparse.ops.nm_matmul._prune_pack import PrunedWeight
@@ -12,18 +20,30 @@ from jaxsparse.ops.nm_matmul.api import nm_matmul
 from jaxsparse.ops.nm_matmul.api import pack
 from jaxsparse.ops.nm_matmul.api import unpack
 from jaxsparse.ops.nm_matmul.api import which_nm_matmul
+from jaxsparse.ops.sampled_matmul.api import sampled_matmul
+from jaxsparse.ops.sampled_matmul.api import which_sampled_matmul
 
 __all__ = [
   "Choice",
+  "Compact",
   "PrunedWeight",
   "Target",
+  "block_matmul",
+  "block_matmul_transposed",
+  "compact",
+  "compact_matmul",
+  "masked_block_matmul",
   "nm_matmul",
   "pack",
+  "plan_blocks",
   "prune_and_pack",
   "prune_matmul",
+  "sampled_matmul",
   "transposable_mask",
   "unpack",
+  "which_block_matmul",
   "which_nm_matmul",
   "which_prune_and_pack",
   "which_prune_matmul",
+  "which_sampled_matmul",
 ]

@@ -253,3 +253,28 @@ def warp_index():
 def pointer(ref):
   """LLVM pointer to the first element of a ref, in its address space."""
   return _utils.memref_ptr(ref)
+
+
+def wgmma(accumulator, a, b, *, a_transposed: bool, b_transposed: bool, swizzle: int):
+  """`accumulator + a @ b` on the dense tensor cores, awaited; operands are stacks of slabs in shared memory.
+
+  A slab is `[rows, e]` with rows of `swizzle` bytes, e entries, as the copy engine writes it; its number of rows is a
+  multiple of 8. So an operand may consist of pieces that were loaded apart, whichever of its axes runs fastest.
+
+  Args:
+    accumulator: f32 `[M, N]`, M a multiple of 64, N of 8 and at most 256.
+    a: `[K / e, M, e]`, or `[M / e, K, e]` where transposed.
+    b: `[N / e, K, e]`, or `[K / e, N, e]` where transposed.
+    a_transposed, b_transposed: which of these it is.
+    swizzle: 128, 64 or 32.
+  """
+  fold = lambda ref: _utils.memref_unfold(ref, 1, (None, 8))
+  # mgpu wants tiles by row and column, whatever their place in memory: (M, K) of a, (K, N) of b.
+  a = _utils.memref_transpose(fold(a), (0, 1, 3, 2) if a_transposed else (1, 0, 2, 3))
+  b = _utils.memref_transpose(fold(b), (0, 1, 3, 2) if b_transposed else (1, 0, 2, 3))
+  module = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
+  result = module.wgmma(module.WGMMAAccumulator.from_registers(accumulator), a, b, swizzle=swizzle)
+  nvvm.wgmma_commit_group_sync_aligned()
+  nvvm.wgmma_wait_group_sync_aligned(0)
+  # Nothing may read the registers before the wait above.
+  return _fragments.optimization_barrier(result._value).to_layout(_fragments.WGMMA_LAYOUT)

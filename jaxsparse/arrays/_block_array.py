@@ -1,0 +1,386 @@
+"""Block-sparse weights as they are stored: the kept blocks and where they lie."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse.arrays import _nm_array
+
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlockArray:
+  """A weight `[K, O]` of which whole blocks `bk x bo` are kept.
+
+  Invariants, with N blocks of capacity on a grid of `K / bk` by `O / bo`:
+
+  - `blocks[i]` is the dense tile at block row `rows[i]` and block column `cols[i]`; all other entries are 0.
+  - Positions are sorted by column, then row (CSC), and no two are equal: a weight has one representation.
+  - Slots that hold no block come last: their column is `O / bo`, one past the grid, and nothing reads their values.
+    N is at least 1.
+
+  Two forms. *Dynamic*: positions are arrays like any other, so that a mask may change, inside `jit` too, without
+  compiling anew; N is the capacity. *Static*: positions are NumPy arrays that belong to the type; every function is
+  compiled for one mask, what kernels derive from positions is computed while tracing, and `jax.grad` sees only the blocks.
+  `freeze` and `thaw` turn one into the other.
+
+  The constructor checks the invariants and copies nothing; it looks at values only outside of tracing. Unflattening, as
+  every JAX transformation does it, checks nothing. `blocks` can be trained; positions cannot
+  (`jaxsparse.arrays.partition` takes them apart).
+
+  Attributes:
+    blocks: `[N, bk, bo]`, bfloat16, float16 or float32.
+    rows: `[N]`, int32, block row of each block.
+    cols: `[N]`, int32, block column of each block.
+    plan: None, or what kernels derive from the positions (`js.ops.plan_blocks` adds it); of the dynamic form only.
+    shape: (K, O), static.
+    static: which form this is, static.
+    positions: of the static form, as one hashable value; else None.
+
+  Raises:
+    ValueError, TypeError: for blocks or positions that break an invariant; the message names the first place.
+
+  >>> w = BlockArray.from_dense(jnp.diag(jnp.arange(1.0, 5.0)), (2, 2))
+  >>> w
+  BlockArray(2 blocks of 2x2, shape=(4, 4), dtype=float32)
+  >>> w.rows.tolist(), w.cols.tolist()
+  ([0, 1], [0, 1])
+  """
+
+  blocks: jax.Array
+  rows: Any
+  cols: Any
+  plan: Any = None
+  shape: tuple[int, int] = dataclasses.field(kw_only=True)
+  static: bool = dataclasses.field(default=False, kw_only=True)
+
+  def __post_init__(self):
+    object.__setattr__(self, "shape", tuple(int(s) for s in self.shape))
+    if self.static:
+      for name in ("rows", "cols"):
+        value = getattr(self, name)
+        if not _nm_array.is_concrete(value):
+          raise TypeError(
+            f"BlockArray: static=True needs {name} with values that are known while tracing, got {value}."
+          )
+        object.__setattr__(self, name, np.asarray(value, np.int32))
+      object.__setattr__(self, "plan", None)
+    object.__setattr__(self, "positions", Positions(self.rows, self.cols) if self.static else None)
+    check(self)
+
+  def tree_flatten_with_keys(self):
+    children, static = self.tree_flatten()
+    return [
+      (jax.tree_util.GetAttrKey(name), c) for name, c in zip(("blocks", "rows", "cols", "plan"), children)
+    ], static
+
+  def tree_flatten(self):
+    if self.static:
+      return (self.blocks,), (self.shape, self.positions)
+    return (self.blocks, self.rows, self.cols, self.plan), (self.shape, None)
+
+  @classmethod
+  def tree_unflatten(cls, static, leaves) -> Self:
+    # Leaves may be anything here (tracers, None, specs, object()): the constructor's checks would be in the way.
+    self = object.__new__(cls)
+    shape, positions = static
+    if positions is not None:
+      leaves = (*leaves, positions.rows, positions.cols, None)
+    for name, leaf in zip(("blocks", "rows", "cols", "plan"), leaves, strict=True):
+      object.__setattr__(self, name, leaf)
+    object.__setattr__(self, "shape", shape)
+    object.__setattr__(self, "static", positions is not None)
+    object.__setattr__(self, "positions", positions)
+    return self
+
+  @property
+  def ndim(self) -> int:
+    return 2
+
+  @property
+  def dtype(self) -> Any:
+    return jnp.dtype(self.blocks.dtype)
+
+  @property
+  def block_shape(self) -> tuple[int, int]:
+    """(bk, bo)."""
+    return tuple(self.blocks.shape[-2:])
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Block rows and block columns of the dense weight."""
+    (k, o), (bk, bo) = self.shape, self.block_shape
+    return k // bk, o // bo
+
+  @property
+  def capacity(self) -> int:
+    """Blocks that there is room for, N."""
+    return self.blocks.shape[0]
+
+  @property
+  def count(self) -> Any:
+    """Blocks that are kept, at most the capacity: int32; an int in the static form."""
+    if self.static:
+      return int((self.cols < self.grid[1]).sum())
+    return (self.cols < self.grid[1]).sum(dtype=jnp.int32)
+
+  @property
+  def density(self) -> float:
+    """Capacity relative to all blocks of the dense weight: what a product costs at most."""
+    return self.capacity / max(1, self.grid[0] * self.grid[1])
+
+  @property
+  def pattern(self) -> str:
+    """ "64x64 blocks"."""
+    return "{}x{} blocks".format(*self.block_shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the blocks, a row for each, and the start of each column."""
+    return int(np.prod(self.blocks.shape)) * self.dtype.itemsize + 4 * (self.capacity + self.grid[1] + 1)
+
+  def __repr__(self):
+    try:
+      form = ", static" if self.static else ""
+      sizes = "{}x{}".format(*self.block_shape)
+      return f"BlockArray({self.capacity} blocks of {sizes}, shape={self.shape}, dtype={self.dtype}{form})"
+    except (AttributeError, TypeError, ValueError):  # Leaves that are no arrays, between flattening and unflattening.
+      return f"BlockArray({self.blocks!r}, {self.rows!r}, {self.cols!r}, shape={self.shape})"
+
+  @classmethod
+  def from_dense(
+    cls,
+    w: Any,
+    block_shape: tuple[int, int],
+    mask: Any = None,
+    *,
+    capacity: int | None = None,
+    static: bool = False,
+    name: str = "w",
+  ) -> Self:
+    """Keeps the blocks of a dense weight that hold anything, or that a mask names.
+
+    Args:
+      w: `[K, O]`, floating point.
+      block_shape: (bk, bo); they divide K and O.
+      mask: bool (or 0/1), True = kept, for every entry `[K, O]` or for every block `[K / bk, O / bo]`. A block is kept
+        where any of its entries is; entries outside the mask are taken as 0 whatever they are. None: what is not 0.
+      capacity: room for this many blocks; needed inside `jit` when the mask is traced. None: as many as are kept.
+      static: the form, see `BlockArray`.
+      name: what errors call the weight.
+
+    Returns:
+      A BlockArray of w's dtype; `to_dense` gives back `where(mask, w, 0)`, bit for bit.
+
+    Raises:
+      ValueError: blocks do not tile w, shapes differ, or more blocks are kept than there is room for. Inside `jit` that
+        cannot be seen: the last blocks are lost (`js.ops.masked_block_matmul` computes the dense product then).
+      TypeError: w is not bfloat16, float16 or float32.
+    """
+    w = jnp.asarray(w)
+    (bk, bo), grid = _check_tiling(w.shape, block_shape, name)
+    _check_float(w.dtype, name)
+    tiles = w.reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
+    if mask is None:
+      keep = (tiles != 0).any((2, 3))
+    elif tuple(mask.shape) == tuple(w.shape) and (bk, bo) != (1, 1):
+      mask = jnp.asarray(mask).astype(bool).reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
+      tiles, keep = jnp.where(mask, tiles, 0), mask.any((2, 3))
+    elif tuple(mask.shape) == grid:
+      keep = jnp.asarray(mask).astype(bool)
+    else:
+      raise ValueError(
+        f"{name} has shape {w.shape}, its mask {tuple(mask.shape)}; allowed are {tuple(w.shape)}, one for each entry, "
+        f"and {grid}, one for each block of {bk}x{bo}."
+      )
+    rows, cols = positions_of(keep, capacity, name)
+    picked = tiles[jnp.asarray(rows), jnp.minimum(jnp.asarray(cols), grid[1] - 1)]
+    blocks = jnp.where((jnp.asarray(cols) < grid[1])[:, None, None], picked, 0)
+    return cls(blocks, rows, cols, shape=w.shape, static=static)
+
+  @classmethod
+  def from_blocks(
+    cls, blocks: Any, rows: Any, cols: Any, shape: tuple[int, int], *, capacity: int | None = None, static: bool = False
+  ) -> Self:
+    """Blocks at given positions, in any order.
+
+    Args:
+      blocks: `[N, bk, bo]`, floating point.
+      rows: `[N]`, block rows.
+      cols: `[N]`, block columns; `O / bo` for slots that hold nothing.
+      shape: (K, O).
+      capacity: room for this many blocks, at least N; None: N.
+      static: the form, see `BlockArray`.
+
+    Raises:
+      ValueError: as the constructor; also if there is room for fewer than N blocks.
+    """
+    blocks, rows, cols = (jnp.asarray(a) for a in (blocks, rows, cols))
+    for name, a in (("rows", rows), ("cols", cols)):
+      if a.ndim != 1 or blocks.ndim != 3 or a.shape != blocks.shape[:1] or not jnp.issubdtype(a.dtype, jnp.integer):
+        raise ValueError(
+          f"BlockArray: {name} is {a.dtype}{list(a.shape)} for blocks of shape {blocks.shape}; allowed are integers [N] "
+          "for blocks [N, bk, bo]."
+        )
+    order = jnp.lexsort((rows, cols))
+    extra = 0 if capacity is None else capacity - blocks.shape[0]
+    if extra < 0:
+      raise ValueError(f"BlockArray: {blocks.shape[0]} blocks do not fit into capacity={capacity}.")
+    outside = shape[1] // blocks.shape[2] if blocks.shape[2] else 0
+    return cls(
+      jnp.pad(blocks[order], ((0, extra), (0, 0), (0, 0))),
+      jnp.pad(rows[order].astype(jnp.int32), (0, extra)),
+      jnp.pad(cols[order].astype(jnp.int32), (0, extra), constant_values=outside),
+      shape=shape,
+      static=static,
+    )
+
+  def to_dense(self, dtype: Any = None) -> jax.Array:
+    """The dense weight, `[K, O]`, of `dtype`, or of the blocks' dtype."""
+    (bk, bo), grid = self.block_shape, self.grid
+    dense = jnp.zeros((*grid, bk, bo), self.dtype)
+    # Slots without a block lie outside of the grid and are dropped.
+    dense = dense.at[self.rows, self.cols].set(self.blocks, mode="drop")
+    return dense.transpose(0, 2, 1, 3).reshape(self.shape).astype(self.dtype if dtype is None else dtype)
+
+  def astype(self, dtype: Any) -> Self:
+    """The same weight with blocks of another floating-point dtype."""
+    _check_float(jnp.dtype(dtype), "BlockArray.astype")
+    return dataclasses.replace(self, blocks=self.blocks.astype(dtype))
+
+  def freeze(self) -> Self:
+    """The static form: positions become part of the type. They must have values, so not inside `jit`."""
+    return dataclasses.replace(self, static=True)
+
+  def thaw(self) -> Self:
+    """The dynamic form: positions become arrays."""
+    if not self.static:
+      return self
+    return dataclasses.replace(self, rows=jnp.asarray(self.rows), cols=jnp.asarray(self.cols), static=False)
+
+
+class Positions:
+  """Positions as part of a type: equal, and of one hash, where the values are."""
+
+  def __init__(self, rows: np.ndarray, cols: np.ndarray):
+    self.rows, self.cols = rows, cols
+    self._hash = hash((rows.tobytes(), cols.tobytes()))
+
+  def __hash__(self):
+    return self._hash
+
+  def __eq__(self, other):
+    return (
+      isinstance(other, Positions)
+      and self._hash == other._hash
+      and np.array_equal(self.rows, other.rows)
+      and np.array_equal(self.cols, other.cols)
+    )
+
+  def __repr__(self):
+    return f"Positions of {self.rows.size} blocks"
+
+
+def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[jax.Array, jax.Array]:
+  """(rows, cols) of the blocks that are kept, sorted by column, then row, padded to the capacity.
+
+  Args:
+    keep: bool `[K / bk, O / bo]`.
+    capacity: see `BlockArray.from_dense`.
+    name: what errors call the weight.
+
+  Returns:
+    int32 `[N]` each; what does not fit is lost where `keep` is traced.
+
+  Raises:
+    ValueError: no capacity, or one that the kept blocks do not fit into.
+  """
+  if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+    raise ValueError(f"{name}: capacity={capacity!r}; a positive integer is needed, also for a weight without blocks.")
+  if _nm_array.is_concrete(keep):
+    kept = np.asarray(keep)
+    cols, rows = np.nonzero(kept.T)
+    size = max(1, cols.size) if capacity is None else capacity
+    if cols.size > size:
+      raise ValueError(f"{name} keeps {cols.size} blocks, which do not fit into capacity={capacity}.")
+    pad = (0, size - cols.size)
+    cols = np.pad(cols, pad, constant_values=kept.shape[1]).astype(np.int32)
+    return jnp.asarray(np.pad(rows, pad).astype(np.int32)), jnp.asarray(cols)
+  if capacity is None:
+    raise ValueError(
+      f"{name}: inside jit the number of kept blocks is not known; say capacity=, the most there can be."
+    )
+  block_rows, block_cols = keep.shape
+  flat = jnp.nonzero(keep.T.reshape(-1), size=capacity, fill_value=block_rows * block_cols)[0].astype(jnp.int32)
+  cols = flat // block_rows
+  return jnp.where(cols < block_cols, flat % block_rows, 0), cols
+
+
+def check(w: BlockArray) -> None:
+  """The invariants of `BlockArray`: ValueError or TypeError that names the field and the first place."""
+  for name in ("blocks", "rows", "cols"):
+    if not hasattr(getattr(w, name), "shape"):
+      raise TypeError(f"BlockArray: {name} must be an array, got {type(getattr(w, name)).__name__}.")
+  if len(w.blocks.shape) != 3:
+    raise ValueError(f"BlockArray: blocks has shape {tuple(w.blocks.shape)}; allowed is [N, bk, bo].")
+  _check_float(w.blocks.dtype, "BlockArray: blocks")
+  if w.blocks.shape[0] < 1:
+    raise ValueError("BlockArray: capacity 0; a weight without blocks keeps one empty slot, whose column is O / bo.")
+  if len(w.shape) != 2:
+    raise ValueError(f"BlockArray: shape={w.shape}; allowed is (K, O).")
+  _, grid = _check_tiling(w.shape, w.block_shape, "BlockArray")
+  for name in ("rows", "cols"):
+    value = getattr(w, name)
+    if tuple(value.shape) != (w.capacity,) or jnp.dtype(value.dtype) != jnp.int32:
+      raise ValueError(
+        f"BlockArray: {name} is {value.dtype}{list(value.shape)}; int32 [{w.capacity}] is needed, one for each block."
+      )
+  if _nm_array.is_concrete(w.rows) and _nm_array.is_concrete(w.cols):
+    _check_positions(np.asarray(w.rows), np.asarray(w.cols), grid)
+
+
+def _check_positions(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
+  live = cols != grid[1]
+  outside = live & ((rows < 0) | (rows >= grid[0]) | (cols < 0) | (cols > grid[1]))
+  if outside.any():
+    i = int(outside.argmax())
+    raise ValueError(
+      f"BlockArray: block {i} lies at row {rows[i]}, column {cols[i]}; the grid has {grid[0]} rows and {grid[1]} columns."
+    )
+  key = np.where(live, cols.astype(np.int64) * grid[0] + rows, np.int64(grid[0]) * grid[1])
+  step = np.diff(key)
+  # Only slots without a block may share a position.
+  same = (step == 0) & live[1:]
+  if same.any():
+    i = int(same.argmax())
+    raise ValueError(f"BlockArray: blocks {i} and {i + 1} overlap, both lie at row {rows[i]}, column {cols[i]}.")
+  if (step < 0).any():
+    i = int((step < 0).argmax())
+    raise ValueError(
+      f"BlockArray: positions are not sorted by column, then row: block {i} at ({rows[i]}, {cols[i]}) comes before block "
+      f"{i + 1} at ({rows[i + 1]}, {cols[i + 1]}). BlockArray.from_blocks sorts them."
+    )
+
+
+def _check_tiling(shape, block_shape, name) -> tuple[tuple[int, int], tuple[int, int]]:
+  block = tuple(block_shape) if isinstance(block_shape, (tuple, list)) else block_shape
+  if not (
+    isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, (int, np.integer)) and b > 0 for b in block)
+  ):
+    raise ValueError(f"{name}: block_shape={block_shape!r}; two positive integers (bk, bo) are needed.")
+  if len(shape) != 2 or shape[0] % block[0] or shape[1] % block[1] or not shape[0] or not shape[1]:
+    raise ValueError(
+      f"{name} has shape {tuple(shape)}; blocks of {block[0]}x{block[1]} need two axes [K, O] divisible by them. "
+      "Pad the weight, or leave it dense."
+    )
+  return block, (shape[0] // block[0], shape[1] // block[1])
+
+
+def _check_float(dtype: Any, name: str) -> None:
+  if jnp.dtype(dtype).name not in _FLOATS:
+    raise TypeError(f"{name} is {jnp.dtype(dtype).name}; allowed are {', '.join(_FLOATS)}.")

@@ -1,0 +1,317 @@
+"""`x @ w` and `dy @ w.T` for block-sparse w on Hopper's tensor cores.
+
+A block of threads computes tiles of the transposed result: 128 outputs x up to 256 rows of x, 64 outputs to each of two
+multiplying warpgroups; a third warpgroup loads. So one block column of 128 fills the tile, and narrower ones share it: the
+tile walks over the union of their rows, each part of x is loaded once, and a block that is absent lies outside of the array
+for the copy engine, which then writes zeros without reading. A warpgroup whose blocks are all absent skips the product.
+
+Blocks of threads persist. Tiles come longest list first where lists are long, dealt out there and back, so that skewed
+patterns are spread; the rest comes in stripes along B, so that what runs at a time shares x in the L2 cache. Lengths,
+positions and order are read from memory: masks change without compiling. The copy engine fills what lies outside of x
+with zeros and drops what is stored outside, so B may be ragged.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse.arrays import _block_array
+from jaxsparse.ops import _dispatch
+from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import _plan
+from jaxsparse.ops.block_matmul import tuning as tunings
+from jaxsparse.ops.nm_matmul import _hopper_device as device
+
+BLOCK_SIDES = (32, 64, 128, 256)
+_IN_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_OUT_DTYPES = (*_IN_DTYPES, jnp.dtype(jnp.float32))
+_WARPGROUPS = 2  # that multiply
+_ROWS = 64  # outputs of a warpgroup: what one wgmma covers
+_LOADER_REGISTERS = 40
+_COMPUTE_REGISTERS = 232
+
+
+def supports(x, w: _block_array.BlockArray, *, transposed: bool = False, out_dtype=None) -> str | None:
+  """Why `block_matmul_hopper` cannot run here, as a sentence; None if it can. Arguments as there (or their types)."""
+  return unsupported(x, w, w.shape[1] if transposed else w.shape[0], out_dtype)
+
+
+def unsupported(x, w, width, out_dtype) -> str | None:
+  """As `supports`, for an operand `[B, width]`."""
+  if (reason := mg.unavailable()) is not None:
+    return reason
+  if (reason := _bad_arguments(x, w, width, out_dtype)) is not None:
+    return reason
+  target = _dispatch.current_target()
+  if target.capability != (9, 0):
+    return f"the block-sparse kernel needs a Hopper GPU (compute capability 9.0), this is {target}."
+  return None
+
+
+def _bad_arguments(x, w, width, out_dtype) -> str | None:
+  if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] != width:
+    return f"x has shape {tuple(x.shape)}; the kernel takes [B, {width}] with B >= 1."
+  if jnp.dtype(x.dtype) not in _IN_DTYPES:
+    return f"x is {x.dtype}; the block-sparse kernel takes bfloat16 or float16."
+  if jnp.dtype(w.dtype) != jnp.dtype(x.dtype):
+    return f"w is {w.dtype} and x is {x.dtype}; they must be equal."
+  if not all(side in BLOCK_SIDES for side in w.block_shape):
+    return f"blocks are {w.block_shape[0]}x{w.block_shape[1]}; the kernel takes sides of 32, 64, 128 and 256."
+  if out_dtype is not None and jnp.dtype(out_dtype) not in _OUT_DTYPES:
+    return f"out_dtype is {jnp.dtype(out_dtype)}; it must be bfloat16, float16 or float32."
+  return None
+
+
+def block_matmul_hopper(
+  x, w: _block_array.BlockArray, *, transposed: bool = False, out_dtype=None, tuning=None, interpret=None
+):
+  """`x @ w`, or `x @ w.T`; accumulates in float32.
+
+  Args:
+    x: `[B, K]` (`[B, O]` where transposed), bfloat16 or float16, B >= 1.
+    w: `[K, O]`, blocks of x's dtype with sides of 32, 64, 128 or 256.
+    transposed: which product.
+    out_dtype: bfloat16, float16 or float32; x's dtype by default.
+    tuning: a `tuning.Tuning`; chosen from the shape by default.
+    interpret: a `_mosaic_gpu.Interpret` to run on a CPU with a plain dot in place of the tensor cores.
+
+  Returns:
+    `[B, O]` (`[B, K]` where transposed).
+
+  Raises:
+    NotImplementedError: this JAX cannot build the kernel.
+    ValueError: shapes, dtypes or tuning do not fit.
+  """
+  if (reason := mg.unavailable()) is not None:
+    raise NotImplementedError(reason)
+  if (reason := _bad_arguments(x, w, w.shape[1] if transposed else w.shape[0], out_dtype)) is not None:
+    raise ValueError(reason)
+  out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+  plans = _plan.plans_of(w)
+  plan = plans.transposed if transposed else plans.forward
+  outputs = w.shape[0] if transposed else w.shape[1]
+  if tuning is None:
+    blocks = w.density * w.grid[1 if transposed else 0]  # of a tile where blocks are as wide
+    depth, size = w.block_shape[::-1] if transposed else w.block_shape
+    # Narrower blocks share a tile; at low density they share few rows.
+    blocks *= min(max(1, tunings.TILE // size), 1 / max(w.density, 1e-9))
+    tuning = tunings.best_tuning(x.shape[0], outputs, blocks, depth, w.density)
+  parts_dtype = out_dtype if tuning.split_k == 1 else jnp.dtype(jnp.float32)
+  run = _build(tuning, x, w, outputs, transposed, parts_dtype, interpret)
+  y = run(x, w.blocks, *(jnp.asarray(a) for a in (plan.minor, plan.slots, plan.starts, plan.order, plan.heavy)))
+  return y if tuning.split_k == 1 else y.sum(0).astype(out_dtype)  # parts in a fixed order: the same bits every time
+
+
+def _build(t, x, w, outputs, transposed, out_dtype, interpret):
+  """The kernel for these shapes: takes x, blocks and a plan, gives `[B, outputs]`, or `[split_k, B, outputs]` parts."""
+  pl, plgpu = mg.pl, mg.plgpu
+  batch = x.shape[0]
+  capacity, bk, bo = w.blocks.shape
+  depth, size = (bo, bk) if transposed else (bk, bo)  # of a block: along the sum, along the result
+  if out_dtype.itemsize == 4:  # the same shared memory for twice the bytes
+    t = dataclasses.replace(t, epilogue_n=max(8, t.epilogue_n // 16 * 8))
+
+  shared = max(1, tunings.TILE // size)  # block columns of a list
+  tiles_of_list = max(1, size // tunings.TILE)
+  lists = -(-outputs // max(size, tunings.TILE))
+  groups, across = lists * tiles_of_list, pl.cdiv(batch, t.tile_b)
+  work = groups * across * t.split_k
+  threads = min(work, mg.sm_count() if interpret is None else 2)  # blocks of threads
+
+  step = min(depth, 64)  # of the sum, to a pipeline step
+  row = 64 if bk % 64 == 0 and bo % 64 == 0 else 32  # entries to a row of shared memory; equal for both operands
+  swizzle = 2 * row
+  piece = min(size, _ROWS)  # outputs that a copy of w brings where the sum is contiguous
+  w_shape = (step // row, _ROWS, row) if transposed else (_ROWS // row, step, row)
+  w_copies = step // row * (_ROWS // piece) if transposed else _ROWS // row
+  x_copies = step // row
+  out_row = mg.SWIZZLE_BYTES // out_dtype.itemsize
+  out_rows = _ROWS // out_row
+  chunks = [(start, min(t.epilogue_n, t.tile_b - start)) for start in range(0, t.tile_b, t.epilogue_n)]
+  WGMMA = plgpu.Layout.WGMMA
+  row_transforms = (plgpu.SwizzleTransform(swizzle),)
+  out_transforms = (plgpu.SwizzleTransform(mg.SWIZZLE_BYTES),)
+
+  def kernel(x_gmem, w_gmem, minor, slots, starts, order, heavy, out_gmem, *, x_smem, w_smem, out_smem, full, empty):
+    warpgroup = lax.axis_index("warpgroup")
+    div, rem = lambda a, b: lax.div(a, jnp.int32(b)), lambda a, b: lax.rem(a, jnp.int32(b))
+
+    def tiles(body):
+      """`body(i, part, list, tile of the list, tile along B, first entry, last, steps so far) -> steps so far`."""
+      block = lax.axis_index("block")
+      turn = lambda i: jnp.where(rem(i, 2) == 1, threads - 1 - block, block)
+      heavy_groups = heavy[0] * tiles_of_list
+      light_groups = groups - heavy_groups
+
+      def one(i, count):
+        item = i * threads + turn(i)
+        part, item = div(item, groups * across), rem(item, groups * across)
+        # Long lists first, whichever B; then stripes along B.
+        light = item - heavy_groups * across
+        stripe = lax.div(light, jnp.maximum(light_groups * t.grid_width, 1))
+        inside = light - stripe * light_groups * t.grid_width
+        width = jnp.maximum(jnp.minimum(t.grid_width, across - stripe * t.grid_width), 1)
+        is_heavy = light < 0
+        at = jnp.where(is_heavy, div(item, across), heavy_groups + lax.div(inside, width))
+        b = jnp.where(is_heavy, rem(item, across), stripe * t.grid_width + lax.rem(inside, width))
+        which = order[div(at, tiles_of_list)]
+        first, length = starts[which], starts[which + 1] - starts[which]
+        lo, hi = (first + div(length * p, t.split_k) for p in (part, part + 1))
+        return body(i, part, which, rem(at, tiles_of_list), b * t.tile_b, lo, hi, count)
+
+      last = jnp.int32(work // threads)
+      trips = last + (turn(last) < work % threads).astype(jnp.int32)
+      return lax.fori_loop(0, trips, one, jnp.int32(0))
+
+    def load_tiles():
+      def tile(i, part, which, sub, b, lo, hi, count):
+        def entry(e, count):
+          depth_start = minor[e] * depth
+          slot_of = [slots[e * shared + j] for j in range(shared)]
+          for k in range(0, depth, step):
+            slot = rem(count, t.stages)
+            plgpu.barrier_wait(empty.at[slot])
+            for j in range(x_copies):
+              source = x_gmem.at[pl.ds(b, t.tile_b), pl.ds(depth_start + k + j * row, row)]
+              plgpu.copy_gmem_to_smem(source, x_smem.at[slot, j], full.at[slot])
+            for wg in range(_WARPGROUPS):
+              for output in range(0, _ROWS, piece if transposed else row):
+                at = wg * _ROWS + output
+                block = w_gmem.at[slot_of[at // size if shared > 1 else 0]]
+                at = at % size if shared > 1 else sub * tunings.TILE + at
+                if not transposed:
+                  source = block.at[pl.ds(k, step), pl.ds(at, row)]
+                  plgpu.copy_gmem_to_smem(source, w_smem.at[slot, wg, output // row], full.at[slot])
+                  continue
+                for j in range(step // row):
+                  source = block.at[pl.ds(at, piece), pl.ds(k + j * row, row)]
+                  target = w_smem.at[slot, wg, j, pl.ds(output, piece)]
+                  plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+            count += 1
+          return count
+
+        return lax.fori_loop(lo, hi, entry, count)
+
+      tiles(tile)
+      for slot in range(t.stages):  # nobody leaves while a barrier is still to be signalled
+        plgpu.barrier_wait(empty.at[slot])
+
+    def multiply_tiles():
+      for slot in range(t.stages):  # every slot is free at first
+        plgpu.barrier_arrive(empty.at[slot])
+
+      def tile(i, part, which, sub, b, lo, hi, count):
+        def entry(e, carry):
+          count, accumulator = carry
+          if shared > 1:
+            own = max(1, _ROWS // size)
+            first = e * shared + warpgroup * own
+            present = slots[first] < capacity
+            for j in range(1, own):
+              present = present | (slots[first + j] < capacity)
+          for _ in range(0, depth, step):
+            slot = rem(count, t.stages)
+            plgpu.barrier_wait(full.at[slot])
+            multiply = lambda a, slot=slot: product(a, w_smem.at[slot, warpgroup], x_smem.at[slot])
+            if shared > 1:
+              accumulator = lax.cond(present, multiply, lambda a: a, accumulator)
+            else:
+              accumulator = multiply(accumulator)
+            plgpu.barrier_arrive(empty.at[slot])
+            count += 1
+          return count, accumulator
+
+        zeros = plgpu.layout_cast(jnp.zeros((_ROWS, t.tile_b), jnp.float32), WGMMA)
+        count, accumulator = lax.fori_loop(lo, hi, entry, (count, zeros))
+        store(i, accumulator, out_gmem.at[part] if t.split_k > 1 else out_gmem, which, sub, b)
+        return count
+
+      tiles(tile)
+      plgpu.wait_smem_to_gmem(0)
+
+    def store(i, accumulator, target, which, sub, b):
+      first = (which * tiles_of_list + sub) * tunings.TILE + warpgroup * _ROWS
+      for chunk, (start, length) in enumerate(chunks):
+        y = accumulator[:, start : start + length].astype(out_dtype)
+        # Slots go round over all tiles, so that the oldest store in flight is always the one of this slot.
+        slot = rem(i * len(chunks) + chunk, t.epilogue_slots)
+        staged = out_smem.at[warpgroup, slot, :, pl.ds(0, length)]
+        plgpu.wait_smem_to_gmem(t.epilogue_slots - 1, wait_read_only=True)
+        if interpret is None:
+          store_transposed(y, staged)
+        else:
+          for j in range(out_rows):
+            staged[j] = y[j * out_row : (j + 1) * out_row].T
+        plgpu.commit_smem()
+        for j in range(out_rows):
+          plgpu.copy_smem_to_gmem(
+            staged.at[j],
+            target.at[pl.ds(b + start, length), pl.ds(first + j * out_row, out_row)],
+            commit_group=j == out_rows - 1,
+          )
+
+    if interpret is None:
+      product = _product(t.tile_b, transposed, swizzle, row_transforms)
+      store_transposed = device.store_transposed(t.epilogue_n, out_dtype, out_transforms)
+    else:
+
+      def product(accumulator, w_ref, x_ref):
+        w, x = w_ref[...], x_ref[...]
+        plgpu.commit_smem()  # these were ordinary loads, the copy engine writes next; the tensor cores need none
+        return accumulator + _interpreted_product(w, x, transposed)
+
+    @pl.when(warpgroup == _WARPGROUPS)
+    def _():
+      if interpret is None:
+        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+      load_tiles()
+
+    @pl.when(warpgroup < _WARPGROUPS)
+    def _():
+      if interpret is None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+      multiply_tiles()
+
+  parts = (t.split_k,) if t.split_k > 1 else ()
+  return plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct((*parts, batch, outputs), out_dtype),
+    grid=(threads,),
+    grid_names=("block",),
+    num_threads=_WARPGROUPS + 1,
+    thread_name="warpgroup",
+    compiler_params=mg.COMPILER_PARAMS,
+    scratch_types=dict(
+      x_smem=plgpu.SMEM((t.stages, x_copies, t.tile_b, row), x.dtype, transforms=row_transforms),
+      w_smem=plgpu.SMEM((t.stages, _WARPGROUPS, *w_shape), x.dtype, transforms=row_transforms),
+      out_smem=plgpu.SMEM(
+        (_WARPGROUPS, t.epilogue_slots, out_rows, t.epilogue_n, out_row), out_dtype, transforms=out_transforms
+      ),
+      full=plgpu.Barrier(num_arrivals=x_copies + _WARPGROUPS * w_copies, num_barriers=t.stages),
+      empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=t.stages),
+    ),
+    interpret=interpret,
+    kernel_name="block_matmul_transposed" if transposed else "block_matmul",
+  )
+
+
+def _product(tile_b, transposed, swizzle, transforms):
+  """accumulator [64, tile_b] + (64 outputs of w) @ (a tile of x)^T."""
+  plgpu = mg.plgpu
+  WGMMA, ref = plgpu.Layout.WGMMA, plgpu.RefType(transforms)
+
+  def product(_, accumulator, w_ref, x_ref):
+    return mg.wgmma(accumulator, w_ref, x_ref, a_transposed=not transposed, b_transposed=True, swizzle=swizzle)
+
+  return plgpu.inline_mgpu(
+    arg_types=(WGMMA, ref, ref), return_type=plgpu.ShapeDtypeStruct((_ROWS, tile_b), jnp.float32, layout=WGMMA)
+  )(product)
+
+
+def _interpreted_product(w, x, transposed):
+  """The same on a CPU, from the same slabs."""
+  w = w.transpose(1, 0, 2) if transposed else w.transpose(0, 2, 1)
+  x = x.transpose(0, 2, 1)
+  return jnp.dot(w.reshape(_ROWS, -1), x.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)

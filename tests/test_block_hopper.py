@@ -1,0 +1,187 @@
+"""The block-sparse kernels: interpreted on a CPU with race detection, and compiled to machine code of an H100."""
+
+import dataclasses
+
+import ahead_of_time
+from block_cases import all_products64
+from block_cases import case
+from block_cases import limit
+from block_cases import relative_error
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsparse as js
+from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import tuning
+from jaxsparse.ops.sampled_matmul import tuning as sampled_tuning
+
+needs_pallas = pytest.mark.skipif(mg.unavailable() is not None, reason=str(mg.unavailable()))
+needs_compiler = pytest.mark.skipif(
+  (mg.unavailable() or ahead_of_time.unavailable()) is not None,
+  reason=str(mg.unavailable() or ahead_of_time.unavailable()),
+)
+
+
+def interpreted(kernel, *args, **kwargs):
+  """A kernel on the CPU with race detection."""
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+  y = kernel(*args, interpret=mg.Interpret(detect_races=True), **kwargs)
+  assert not gpu_callbacks.get_races().races_found
+  return y
+
+
+KERNEL_CASES = {
+  "128": dict(block=(128, 128), grid=(2, 2), density=0.6, batch=20, tuning=dict(tile_b=16)),
+  "64, ragged tiles": dict(block=(64, 64), grid=(3, 3), density=0.5, batch=8, tuning=dict(tile_b=8)),
+  "32, ragged tiles": dict(block=(32, 32), grid=(3, 5), density=0.4, batch=8, tuning=dict(tile_b=8)),
+  "32, split": dict(block=(32, 32), grid=(4, 4), density=0.5, batch=8, tuning=dict(tile_b=8, split_k=2)),
+  "high": dict(block=(256, 64), grid=(1, 2), density=1, batch=8, tuning=dict(tile_b=8)),
+  "wide": dict(block=(32, 256), grid=(3, 1), density=0.7, batch=8, tuning=dict(tile_b=8)),
+  # One list is longer than twice the mean: it goes first.
+  "skewed": dict(
+    block=(64, 128), mask=[[1, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0]], batch=24, tuning=dict(tile_b=8, grid_width=2)
+  ),
+  "all zero": dict(block=(64, 32), grid=(2, 3), density=0, batch=8, tuning=dict(tile_b=8)),
+  "all dense, float16": dict(
+    block=(64, 64), grid=(2, 2), density=1, batch=12, dtype=jnp.float16, tuning=dict(tile_b=16)
+  ),
+  "empty row": dict(block=(64, 64), mask=[[1, 0, 1], [0, 0, 0], [1, 0, 0]], batch=8, tuning=dict(tile_b=8, stages=3)),
+}
+
+
+def kernel_case(options, transposed):
+  options = dict(options)
+  options["grid"] = options.get("grid") or np.shape(options["mask"])
+  options.pop("tuning")
+  extra = 2 if transposed else 0
+  return case(options.pop("block"), options.pop("grid"), options.pop("density", 1), options.pop("batch"),
+              options.pop("dtype", jnp.bfloat16), extra=extra, **options)  # fmt: skip
+
+
+# The other orientation of a case is another kernel, of which each part is in one of these.
+INTERPRETED = [(name, i % 2 == 1) for i, name in enumerate(KERNEL_CASES)] + [("32, ragged tiles", True)]
+
+
+@needs_pallas
+@pytest.mark.parametrize("name, transposed", INTERPRETED)
+def test_kernel_interpreted(name, transposed):
+  from jaxsparse.ops.block_matmul import _hopper
+
+  x, w, dy = kernel_case(KERNEL_CASES[name], transposed)
+  tiles = tuning.Tuning(**{"stages": 2, **KERNEL_CASES[name]["tuning"]})
+  out = jnp.float32 if transposed and x.shape[0] == 8 else None
+  y = interpreted(
+    _hopper.block_matmul_hopper, dy if transposed else x, w, transposed=transposed, tuning=tiles, out_dtype=out
+  )
+  want = all_products64(x, w, dy)[int(transposed)]
+  assert y.shape == want.shape and y.dtype == (out or x.dtype) and relative_error(y, want) < limit(y.dtype)
+
+
+@needs_pallas
+@pytest.mark.parametrize("name", ["128", "64, ragged tiles", "32, split", "high", "wide", "all zero", "empty row"])
+def test_sampled_kernel_interpreted(name):
+  from jaxsparse.ops.sampled_matmul import _hopper
+
+  x, w, dy = kernel_case(KERNEL_CASES[name], True)
+  split = KERNEL_CASES[name]["tuning"].get("split_k", 1)
+  x, dy = (jnp.concatenate([a] * (80 // a.shape[0])) for a in (x, dy))  # a second, ragged step
+  tiles = sampled_tuning.Tuning(stages=2, split_b=split)
+  out = jnp.float32 if len(name) % 2 else None
+  got = interpreted(_hopper.sampled_matmul_hopper, x, dy, w, tuning=tiles, out_dtype=out)
+  want = all_products64(x, w, dy)[2]
+  assert got.dtype == (out or x.dtype) and relative_error(got, want) < limit(got.dtype)
+
+
+def spec(k, o, block, count, dtype=jnp.bfloat16):
+  """A dynamic weight without values."""
+  shape = jax.ShapeDtypeStruct
+  leaves = (shape((count, *block), dtype), shape((count,), jnp.int32), shape((count,), jnp.int32), None)
+  return js.BlockArray.tree_unflatten(((k, o), None), leaves)
+
+
+MACHINE_CODE = {
+  "128": ((4096, 4096, 8192), (128, 128), 200, {}),
+  "64": ((4096, 4096, 4096), (64, 64), 400, {}),
+  "32": ((4096, 4096, 4096), (32, 32), 1600, {}),
+  "few rows, float32": ((16, 4096, 14336), (256, 32), 100, dict(out_dtype=jnp.float32)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  "name, product",
+  [
+    ("128", "forward"),
+    ("32", "forward"),
+    ("64", "transposed"),
+    ("few rows, float32", "transposed"),
+    ("128", "sampled"),
+    ("32", "sampled"),
+  ],
+)
+def test_machine_code(name, product, tmp_path, monkeypatch):
+  """Reaches sm_90a with dense wgmma, without spills, and without ptxas putting instructions in a row (C7510)."""
+  from jaxsparse.ops.block_matmul import _hopper
+  from jaxsparse.ops.sampled_matmul import _hopper as sampled
+
+  (batch, k, o), block, count, options = MACHINE_CODE[name]
+  x, dy = (jax.ShapeDtypeStruct((batch, n), jnp.bfloat16) for n in (k, o))
+  for key, value in (("PTX", "1"), ("PTXAS", "1"), ("TO", str(tmp_path))):
+    monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{key}", value)
+  if product == "sampled":
+    f = lambda x, dy, w: sampled.sampled_matmul_hopper(x, dy, w, **options)
+  else:
+    transposed = product == "transposed"
+    f = lambda x, dy, w: _hopper.block_matmul_hopper(dy if transposed else x, w, transposed=transposed, **options)
+  ahead_of_time.compile_for_h100(f, x, dy, spec(k, o, block, count))
+  (ptx,) = (path.read_text() for path in tmp_path.glob("*.ptx"))
+  (report,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
+  assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "k16.f32.bf16.bf16" in ptx
+  assert "for 'sm_90a'" in report and "C7510" not in report
+  assert int(report.split(" bytes spill stores")[0].split()[-1]) == 0, report
+
+
+@needs_compiler
+def test_gradient_runs_the_kernels():
+  """Unnamed, on an H100: forward and both backward products are kernels."""
+  w = spec(1024, 1024, (64, 64), 30)
+  x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
+
+  def step(x, w):
+    y, pull = jax.vjp(lambda x, b: js.ops.block_matmul(x, dataclasses.replace(w, blocks=b)), x, w.blocks)
+    return pull(y)
+
+  text = ahead_of_time.compile_for_h100(step, x, w).as_text()
+  for kernel in ("block_matmul", "block_matmul_transposed", "sampled_matmul"):
+    assert kernel in text
+
+
+@needs_pallas
+def test_which_on_gpu():
+  x, w, dy = case((64, 64), (4, 4), 0.3, 8, jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(ahead_of_time.h100_mesh()):
+    assert js.ops.which_block_matmul(x, w).implementation == "hopper"
+    assert js.ops.which_block_matmul(dy, w, transposed=True).implementation == "hopper"
+    assert js.ops.which_sampled_matmul(x, dy, w).implementation == "hopper"
+    full = js.BlockArray.from_dense(jnp.ones((256, 256), jnp.bfloat16), (64, 64))
+    assert js.ops.which_block_matmul(x, full).implementation == "dense"
+    wide = case((48, 64), (4, 4), 0.3, 8, jnp.bfloat16)
+    assert "sides of 32, 64, 128 and 256" in js.ops.which_block_matmul(*wide[:2]).rejected["hopper"]
+    single = case((64, 64), (4, 4), 0.3, 8)
+    assert "bfloat16 or float16" in js.ops.which_block_matmul(*single[:2]).rejected["hopper"]
+
+
+def test_tunings():
+  for batch in (1, 8, 16, 100, 300, 512, 4096, 100_000):
+    for outputs in (128, 4096, 28672):
+      t = tuning.best_tuning(batch, outputs, 6.4, 128, 0.1)
+      assert t.shared_bytes() <= tuning.SHARED_BYTES and t.tile_b <= 256
+  assert tuning.best_tuning(8192, 8192, 6.4, 128, 0.1).split_k == 1
+  for bad, message in ((dict(tile_b=20), "multiple of 8"), (dict(tile_b=256, stages=6), "shared memory")):
+    with pytest.raises(ValueError, match=message):
+      tuning.Tuning(**bad)
+  with pytest.raises(ValueError, match="stages in"):
+    sampled_tuning.Tuning(stages=9)

@@ -1,0 +1,301 @@
+"""Block-sparse products: every implementation and gradient against float64, one compile, plans, errors."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from block_cases import all_products64
+from block_cases import case
+from block_cases import float64
+from block_cases import limit
+from block_cases import relative_error
+
+import jaxsparse as js
+from jaxsparse.ops.block_matmul import _plan
+from jaxsparse.ops.block_matmul import api
+from jaxsparse.ops.block_matmul import arg_specs
+
+PORTABLE = ("reference", "xla", "dense")
+
+
+def all_products(x, w, dy, **kwargs):
+  return (
+    js.ops.block_matmul(x, w, **kwargs),
+    js.ops.block_matmul_transposed(dy, w, **kwargs),
+    js.ops.sampled_matmul(x, dy, w, **kwargs),
+  )
+
+
+# -- Forward, transposed, sampled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", range(len(arg_specs.ARG_SPECS)), ids=lambda i: arg_specs.ARG_SPECS[i].name)
+def test_arg_specs(at):
+  """Every shape at toy size; blocks and densities take turns."""
+  toy = arg_specs.ARG_SPECS[at].toy()
+  block = arg_specs.BLOCKS[at % 3]
+  grid = (toy.k // block[0], toy.o // block[1])
+  x, w, dy = case(block, grid, arg_specs.DENSITIES[at % 5], toy.batches[0])
+  for implementation in PORTABLE:
+    for got, want in zip(all_products(x, w, dy, implementation=implementation), all_products64(x, w, dy)):
+      assert got.shape == want.shape and relative_error(got, want) < limit(got.dtype)
+
+
+MASKS = {
+  "all zero": np.zeros((3, 4)),
+  "all dense": np.ones((3, 4)),
+  "empty row and column": np.array([[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]]),
+  "one block": np.eye(3, 4) * [[0], [1], [0]],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("static", [False, True])
+def test_patterns(mask, static):
+  x, w, dy = case((8, 4), (3, 4), 1, 5, mask=MASKS[mask], extra=2, static=static)
+  for implementation in (*PORTABLE, None):
+    for got, want in zip(all_products(x, w, dy, implementation=implementation), all_products64(x, w, dy)):
+      assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtypes(dtype):
+  x, w, dy = case((8, 4), (3, 4), 0.5, 5, dtype)
+  for implementation in PORTABLE:
+    for out in (None, jnp.float32):
+      for got, want in zip(
+        all_products(x, w, dy, implementation=implementation, preferred_element_type=out), all_products64(x, w, dy)
+      ):
+        assert got.dtype == (out or dtype) and relative_error(got, want) < limit(got.dtype)
+
+
+def test_chunks(monkeypatch):
+  """Blocks are taken in chunks where all at once would need much memory; a last chunk may be short."""
+  from jaxsparse.ops.block_matmul import reference
+  from jaxsparse.ops.sampled_matmul import reference as sampled
+
+  x, w, dy = case((8, 4), (4, 4), 0.7, 5, extra=2)
+  monkeypatch.setattr(reference, "_CHUNK", 5 * 8 * 4)
+  monkeypatch.setattr(sampled, "_CHUNK", 5 * 12 * 3)
+  want = all_products64(x, w, dy)
+  got = (reference.xla(x, w, False, "float32"), reference.xla(dy, w, True, "float32"), sampled.xla(x, dy, w, "float32"))
+  for a, b in zip(got, want):
+    assert relative_error(a, b) < 1e-6
+
+
+def test_shapes():
+  """No batch axes, several, none at all; vmap over x, w and both; scan over stacked layers."""
+  x, w, dy = case((4, 2), (3, 4), 0.5, 6, extra=1)
+  want, want_t, want_s = all_products64(x, w, dy)
+  assert relative_error(js.ops.block_matmul(x[0], w), want[0]) < 1e-6
+  assert relative_error(js.ops.block_matmul(x.reshape(2, 3, -1), w), want.reshape(2, 3, -1)) < 1e-6
+  assert js.ops.block_matmul(x[:0], w).shape == (0, 8)
+  assert relative_error(js.ops.sampled_matmul(x.reshape(2, 3, -1), dy.reshape(2, 3, -1), w), want_s) < 1e-6
+  assert relative_error(jax.vmap(lambda x: js.ops.block_matmul(x, w))(x), want) < 1e-6
+  other = dataclasses.replace(w, blocks=2 * w.blocks)
+  stacked = jax.tree.map(lambda *a: jnp.stack(a), w, other)
+  both = jax.vmap(js.ops.block_matmul, in_axes=(None, 0))(x, stacked)
+  _, scanned = jax.lax.scan(lambda c, layer: (c, js.ops.block_matmul(x, layer)), None, stacked)
+  for got in (both, scanned):
+    assert relative_error(got, np.stack([want, 2 * want])) < 1e-6
+
+
+def test_strict_promotion():
+  x, w, dy = case((4, 2), (3, 4), 0.5, 6, jnp.bfloat16)
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    for implementation in PORTABLE:
+      jax.grad(lambda x: js.ops.block_matmul(x, w, implementation=implementation).sum())(x)
+
+
+# -- Gradients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+@pytest.mark.parametrize("static", [False, True])
+def test_gradients(implementation, static):
+  """Of each product, against jax.vjp of the plain formula on the dense weight."""
+  x, w, dy = case((4, 8), (3, 2), 0.6, 5, extra=0 if static else 2, static=static)
+  g = jnp.asarray(np.random.default_rng(1).normal(size=w.blocks.shape), jnp.float32)
+  trainable, fixed = js.arrays.partition(w)
+  build = lambda t: js.arrays.combine(t, fixed)
+  live = (np.asarray(w.cols) < w.grid[1])[:, None, None]
+
+  def dense(t):
+    b = build(t)
+    return b.to_dense()
+
+  def plain_sampled(x, dy):
+    tiles = (x.T @ dy).reshape(3, 4, 2, 8).transpose(0, 2, 1, 3)
+    return jnp.where(live, tiles[np.asarray(w.rows), np.minimum(np.asarray(w.cols), 1)], 0)
+
+  pairs = [
+    (lambda x, t: js.ops.block_matmul(x, build(t), implementation=implementation), lambda x, t: x @ dense(t), x, dy),
+    (
+      lambda x, t: js.ops.block_matmul_transposed(x, build(t), implementation=implementation),
+      lambda x, t: x @ dense(t).T,
+      dy,
+      x,
+    ),
+  ]
+  for op, plain, operand, cotangent in pairs:
+    got, want = (jax.vjp(f, operand, trainable)[1](cotangent) for f in (op, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+  op = lambda x, dy: js.ops.sampled_matmul(x, dy, w, implementation=implementation)
+  got, want = (jax.vjp(f, x, dy)[1](g) for f in (op, plain_sampled))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+
+
+def test_second_derivative():
+  x, w, _ = case((4, 2), (3, 4), 0.5, 6)
+  loss = lambda x, b: jnp.sum(js.ops.block_matmul(x, dataclasses.replace(w, blocks=b)) ** 3)
+  plain = lambda x, b: jnp.sum((x @ dataclasses.replace(w, blocks=b).to_dense()) ** 3)
+  second = lambda f: jax.grad(lambda x, b: jnp.sum(jax.grad(f, 1)(x, b) ** 2), (0, 1))(x, w.blocks)
+  for got, want in zip(second(loss), second(plain)):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3 * np.abs(want).max())
+
+
+def test_padding_has_no_gradient():
+  """Whatever the values of slots without a block are."""
+  x, w, dy = case((4, 2), (3, 4), 0.3, 6, extra=3)
+  w = dataclasses.replace(w, blocks=w.blocks.at[-3:].set(jnp.nan))
+  grads = jax.grad(lambda b: jnp.sum(js.ops.block_matmul(x, dataclasses.replace(w, blocks=b))))(w.blocks)
+  assert np.isfinite(grads).all() and not grads[-3:].any()
+  for implementation in PORTABLE:
+    assert all(np.isfinite(a).all() for a in all_products(x, w, dy, implementation=implementation))
+
+
+# -- Changing masks ----------------------------------------------------------------------------------------------------
+
+
+def test_one_compile_while_the_mask_changes():
+  @jax.jit
+  def step(x, w, dy):
+    y, pull = jax.vjp(lambda x, b: js.ops.block_matmul(x, dataclasses.replace(w, blocks=b)), x, w.blocks)
+    return y, *pull(dy)
+
+  for seed in range(4):
+    x, w, dy = case((8, 4), (4, 5), 0.2 * seed, 6, seed=seed)
+    w = js.BlockArray.from_dense(w.to_dense(), (8, 4), capacity=20)
+    for got, want in zip(step(x, js.ops.plan_blocks(w), dy), all_products64(x, w, dy)):
+      assert relative_error(got, want) < 1e-6
+  assert step._cache_size() == 1
+
+
+def test_masked_block_matmul_overflows_to_dense():
+  rng = np.random.default_rng(0)
+  x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 16), (16, 12)))
+  run = jax.jit(functools.partial(js.ops.masked_block_matmul, block_shape=(4, 4), capacity=3))
+  for count in (0, 2, 3, 4, 12):
+    mask = np.zeros(12, bool)
+    mask[rng.permutation(12)[:count]] = True
+    mask = mask.reshape(4, 3)
+    kept = float64(w) * np.kron(mask, np.ones((4, 4)))
+    np.testing.assert_allclose(run(x, w, mask), float64(x) @ kept, atol=1e-5)
+    dx, dw = jax.grad(lambda x, w: jnp.sum(run(x, w, mask) ** 2), (0, 1))(x, w)
+    np.testing.assert_allclose(dw, (float64(x).T @ (2 * float64(x) @ kept)) * np.kron(mask, np.ones((4, 4))), atol=1e-3)
+    np.testing.assert_allclose(dx, 2 * float64(x) @ kept @ kept.T, atol=1e-3)
+  assert run._cache_size() == 1
+  with pytest.raises(ValueError, match="one entry for each block of 4x4"):
+    js.ops.masked_block_matmul(x, w, np.ones((3, 3)), (4, 4), capacity=3)
+
+
+@pytest.mark.parametrize("axis", ["rows", "reduction"])
+def test_compact(axis):
+  rng = np.random.default_rng(0)
+  x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((12, 12), (12, 5)))
+  x = x.at[0, 0].set(jnp.nan)  # what is masked may be anything
+  run = jax.jit(functools.partial(js.ops.compact_matmul, axis=axis, capacity=2))
+  for kept in ([], [2], [1, 5], [1, 2, 3, 4]):
+    mask = np.isin(np.arange(6), kept)
+    keep = np.repeat(mask, 2)
+    if axis == "rows":
+      want = np.where(keep[:, None], float64(x), 0) @ float64(w)
+    else:
+      want = np.where(keep, float64(x), 0) @ np.where(keep[:, None], float64(w), 0)
+    np.testing.assert_allclose(run(x, w, mask), want, atol=1e-5)
+    grads = jax.grad(lambda w: jnp.sum(run(x, w, mask)))(w)
+    assert np.isfinite(grads).all()
+  assert run._cache_size() == 1
+  with pytest.raises(ValueError, match="capacity=0"):
+    js.ops.compact(mask, 0)
+  with pytest.raises(ValueError, match="must divide the axis"):
+    js.ops.compact_matmul(x, w, np.ones(5, bool), axis=axis, capacity=2)
+  with pytest.raises(ValueError, match="axis='columns'"):
+    js.ops.compact_matmul(x, w, mask, axis="columns", capacity=2)
+
+
+# -- Plans -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [(32, 32), (64, 128), (128, 64), (256, 32)])
+@pytest.mark.parametrize("density", [0.0, 0.3])
+def test_plans(block, density):
+  """Every block appears once in each plan, where it belongs; static and dynamic plans are equal."""
+  grid = (512 // block[0], 384 // block[1])
+  _, w, _ = case(block, grid, density, 1, extra=3)
+  plans = js.ops.plan_blocks(w).plan
+  jax.tree.map(np.testing.assert_array_equal, plans, _plan.plans_of(w.freeze()))
+  n, rows, cols = w.capacity, np.asarray(w.rows), np.asarray(w.cols)
+  ways = {
+    "forward": (cols, rows, max(1, 128 // block[1])),
+    "transposed": (rows, cols, max(1, 128 // block[0])),
+    "sampled": (rows, cols, max(1, 64 // block[0])),
+  }
+  for name, (major, minor, shared) in ways.items():
+    plan = jax.tree.map(np.asarray, getattr(plans, name))
+    seen = []
+    for which, (lo, hi) in enumerate(zip(plan.starts[:-1], plan.starts[1:])):
+      entries = plan.minor[lo:hi]
+      assert (np.diff(entries) > 0).all()
+      for e in range(lo, hi):
+        slots = plan.slots[e * shared : (e + 1) * shared]
+        assert (slots < n).any()
+        for j, slot in enumerate(slots):
+          if slot < n:
+            seen.append(slot)
+            assert (major[slot], minor[slot]) == (which * shared + j, plan.minor[e])
+    assert sorted(seen) == list(range(int(w.count)))
+    lengths = np.diff(plan.starts)
+    assert (np.diff(lengths[plan.order]) <= 0).all() and plan.heavy[0] == (lengths > 2 * lengths.mean()).sum()
+    piece = max(1, 256 // block[1])
+    want = [(i, lo + p) for i, lo in enumerate(plan.starts[:-1]) for p in range(0, lengths[i], piece)]
+    assert plan.num_items[0] == len(want) <= len(plan.items)
+    np.testing.assert_array_equal(plan.items[: len(want)], np.array(want).reshape(-1, 2))
+
+
+# -- Which implementation, and errors ----------------------------------------------------------------------------------
+
+
+def test_which():
+  x, w, dy = case((64, 64), (4, 4), 0.3, 8, jnp.bfloat16)
+  choice = js.ops.which_block_matmul(x, w)
+  assert choice.implementation == "xla" and "needs an NVIDIA GPU" in choice.rejected["hopper"]
+  full = js.BlockArray.from_dense(jnp.ones((256, 256), jnp.bfloat16), (64, 64))
+  assert js.ops.which_block_matmul(x, full).implementation == "dense"
+  with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+    js.ops.block_matmul(x, w, implementation="hopper")
+  with pytest.raises(ValueError, match="implementation='fast' is unknown"):
+    js.ops.block_matmul(x, w, implementation="fast")
+
+
+def test_errors():
+  x, w, dy = case((4, 2), (3, 4), 0.5, 6)
+  with pytest.raises(TypeError, match="w is a .*; a BlockArray"):
+    js.ops.block_matmul(x, jnp.ones((12, 8)))
+  with pytest.raises(ValueError, match="the last axis of x must be 12"):
+    js.ops.block_matmul(dy, w)
+  with pytest.raises(ValueError, match="the last axis of x must be 8"):
+    js.ops.block_matmul_transposed(x, w)
+  with pytest.raises(TypeError, match="make them equal"):
+    js.ops.block_matmul(x.astype(jnp.bfloat16), w)
+  with pytest.raises(TypeError, match="preferred_element_type=int8"):
+    js.ops.block_matmul(x, w, preferred_element_type=jnp.int8)
+  with pytest.raises(ValueError, match=r"dy must be \(6, 8\)"):
+    js.ops.sampled_matmul(x, dy[:3], w)
+  with pytest.raises(TypeError, match="plan_blocks takes a BlockArray"):
+    js.ops.plan_blocks(x)
+  with pytest.raises(ValueError, match="one layer is needed"):
+    api.block_matmul(x, jax.tree.map(lambda a: a[None], w))
