@@ -285,7 +285,7 @@ def plot(path, rows, title):
 
   patterns = list(dict.fromkeys(row["pattern"] for row in rows))
   fig, axes = plt.subplots(
-    1, len(patterns), figsize=(3.6 * len(patterns) + 2, 4), squeeze=False, constrained_layout=True
+    1, len(patterns), figsize=(3.6 * len(patterns) + 3, 4), squeeze=False, sharey=True, constrained_layout=True
   )
   shapes = list(dict.fromkeys(row["shape"] for row in rows))
   for ax, pattern in zip(axes[0], patterns):
@@ -300,8 +300,8 @@ def plot(path, rows, title):
     ax.set_title(pattern, fontsize=10)
     ax.set_xlabel("rows of x")
   axes[0][0].set_ylabel("dense time / sparse time")
-  fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-  fig.suptitle(title, fontsize=10)
+  fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+  fig.suptitle(title, fontsize=9, x=0.01, horizontalalignment="left")
   fig.savefig(path, dpi=130)
   plt.close(fig)
 
