@@ -47,6 +47,8 @@ if unavailable() is None:
   COMPILER_PARAMS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
   )
+else:  # kernel modules can then still be imported, to be asked why they cannot run
+  pl = plgpu = ir = arith = llvm = nvvm = None
 
 
 def sm_count() -> int:
