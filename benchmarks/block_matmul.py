@@ -17,7 +17,6 @@ size, to check itself.
 import collections
 import concurrent.futures
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -28,6 +27,7 @@ import time
 from absl import app
 from absl import flags
 import check_block_matmul
+import device_time
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,29 +135,6 @@ def prepare(case):
     return dict(case=case, w=w, programs=programs, taken=choice.implementation)
   except Exception as error:  # noqa: BLE001  One bad shape must not lose the table.
     return dict(case=case, error=f"{type(error).__name__}: {str(error)[-200:]}")
-
-
-def timer():
-  """(program, x, weights) -> list of microseconds a product, one for each iteration."""
-  if jax.default_backend() == "gpu":
-    profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
-
-    def device_time(program, x, weights):
-      _, times = profiler.measure(program, iterations=_ITERATIONS.value)(x, weights)
-      return [1e3 * t / len(weights) for t in (times if isinstance(times, list) else [times])]
-
-    return device_time
-
-  def wall_time(program, x, weights):
-    jax.block_until_ready(program(x, weights))
-    times = []
-    for _ in range(_ITERATIONS.value):
-      start = time.perf_counter()
-      jax.block_until_ready(program(x, weights))
-      times.append(1e6 * (time.perf_counter() - start) / len(weights))
-    return times
-
-  return wall_time
 
 
 def bound(case, w) -> tuple[float, str]:
@@ -316,7 +293,7 @@ def plot(path, rows, title):
 def main(argv):
   del argv
   began = time.monotonic()
-  time_of = timer()
+  time_of = device_time.timer(_ITERATIONS.value)
   todo, rows, failed = cases(), [], []
   done = 0
   name = lambda case: {k: case[k] for k in ("shape", "block", "density", "pattern", "B", "product")}

@@ -25,6 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 
 from absl import app
 from absl import flags
+import device_time
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,29 +155,6 @@ def spread(name, x, w, batch):
   if key not in _programs:
     _programs[key] = apply_all.lower(name, x, weights).compile()
   return _programs[key], weights
-
-
-def timer():
-  """(program, x, weights) -> list of microseconds a product, one for each iteration."""
-  if jax.default_backend() == "gpu":
-    profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
-
-    def device_time(program, x, weights):
-      _, times = profiler.measure(program, iterations=_ITERATIONS.value)(x, weights)
-      return [1e3 * t / len(weights) for t in (times if isinstance(times, list) else [times])]
-
-    return device_time
-
-  def wall_time(program, x, weights):
-    jax.block_until_ready(program(x, weights))
-    times = []
-    for _ in range(_ITERATIONS.value):
-      start = time.perf_counter()
-      jax.block_until_ready(program(x, weights))
-      times.append(1e6 * (time.perf_counter() - start) / len(weights))
-    return times
-
-  return wall_time
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -328,7 +306,7 @@ def main(argv):
     return show(_SHOW.value)
   began = time.monotonic()
   over = lambda: _BUDGET.value is not None and time.monotonic() - began > _BUDGET.value
-  time_of = timer()
+  time_of = device_time.timer(_ITERATIONS.value)
   torch_note = "not reached"
   bandwidth = copy_bandwidth(time_of)
   todo, rows, failed, forms, done = cases(), [], [], {}, 0

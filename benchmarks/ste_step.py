@@ -15,6 +15,7 @@ from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
+import mlp
 import numpy as np
 import optax
 import report
@@ -27,8 +28,6 @@ _N = flags.DEFINE_integer("n", 2, "Entries kept of each group.")
 _M = flags.DEFINE_integer("m", 4, "Group size.")
 _ONLY = flags.DEFINE_list("only", [], "Variants to time beside the dense one: parts of their names; all if empty.")
 _OUT = flags.DEFINE_string("out", "results/ste_step", "Where the JSON and the plot go, without suffix.")
-
-_SIZES = (784, 2048, 2048, 10)
 
 
 def _variants() -> dict[str, tuple[js.Updater, optax.GradientTransformation]]:
@@ -49,28 +48,12 @@ def _variants() -> dict[str, tuple[js.Updater, optax.GradientTransformation]]:
   }
 
 
-def _init_params(key):
-  keys = jax.random.split(key, len(_SIZES) - 1)
-  return {
-    f"dense_{i}": {"kernel": jax.random.normal(k, (a, b)) / np.sqrt(a), "bias": jnp.zeros((b,))}
-    for i, (k, a, b) in enumerate(zip(keys, _SIZES, _SIZES[1:]))
-  }
-
-
-def _loss(params, x, y):
-  for i in range(len(params)):
-    layer = params[f"dense_{i}"]
-    x = x @ layer["kernel"] + layer["bias"]
-    x = jax.nn.relu(x) if i < len(params) - 1 else x
-  return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
-
-
 def _variant(updater, inner, params, x, y):
   """(compiled step, carry) of one variant; parameters and state are donated, as training loops do."""
   tx = updater.wrap_optax(inner)
 
   def step(params, state):
-    grads = jax.grad(lambda p: _loss(updater.forward_params(p, state), x, y))(params)
+    grads = jax.grad(lambda p: mlp.loss(updater.forward_params(p, state), x, y))(params)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -84,9 +67,9 @@ def _variant(updater, inner, params, x, y):
 def main(argv):
   del argv
   key = jax.random.key(0)
-  params = _init_params(key)
-  x = jax.random.normal(jax.random.fold_in(key, 1), (128, _SIZES[0]))
-  y = jax.random.randint(jax.random.fold_in(key, 2), (128,), 0, _SIZES[-1])
+  params = mlp.init_params(key)
+  x = jax.random.normal(jax.random.fold_in(key, 1), (128, mlp.SIZES[0]))
+  y = jax.random.randint(jax.random.fold_in(key, 2), (128,), 0, mlp.SIZES[-1])
   chosen = {n: p for n, p in _variants().items() if n == "dense" or not _ONLY.value or any(o in n for o in _ONLY.value)}
   variants = {name: _variant(*pair, params, x, y) for name, pair in chosen.items()}
   carries = {name: variant[1] for name, variant in variants.items()}

@@ -14,6 +14,7 @@ from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
+import mlp
 import numpy as np
 import optax
 import report
@@ -25,7 +26,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 60, "Timed rounds over all variants.")
 _OUT = flags.DEFINE_string("out", "results/update_overhead", "Where the JSON and the plot go, without suffix.")
 _DONATE = flags.DEFINE_bool("donate", True, "Donate parameters and optimizer state, as training loops do.")
 
-_SIZES = (784, 2048, 2048, 10)
 _NEVER = dict(every=10**6, stop=10**6 + 1, start=1)  # one refresh in the warm-up, none in the timing
 
 
@@ -36,22 +36,6 @@ def _updaters() -> dict[str, js.Updater | None]:
   return {"dense": None, "dense again": None} | variants | packed
 
 
-def _init_params(key):
-  keys = jax.random.split(key, len(_SIZES) - 1)
-  return {
-    f"dense_{i}": {"kernel": jax.random.normal(k, (a, b)) / np.sqrt(a), "bias": jnp.zeros((b,))}
-    for i, (k, a, b) in enumerate(zip(keys, _SIZES, _SIZES[1:]))
-  }
-
-
-def _loss(params, x, y):
-  for i in range(len(params)):
-    layer = params[f"dense_{i}"]
-    x = x @ layer["kernel"] + layer["bias"]
-    x = jax.nn.relu(x) if i < len(params) - 1 else x
-  return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
-
-
 def _variant(updater, params, x, y):
   """(compiled step, compiled update, carry) of one variant, past its first refresh."""
   inner = optax.adam(1e-3)
@@ -59,7 +43,7 @@ def _variant(updater, params, x, y):
   donate = (0, 1) if _DONATE.value else ()
 
   def step(params, state):
-    grads = jax.grad(_loss)(params, x, y)
+    grads = jax.grad(mlp.loss)(params, x, y)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -78,10 +62,10 @@ def _variant(updater, params, x, y):
 def main(argv):
   del argv
   key = jax.random.key(0)
-  params = _init_params(key)
-  x = jax.random.normal(jax.random.fold_in(key, 1), (128, _SIZES[0]))
-  y = jax.random.randint(jax.random.fold_in(key, 2), (128,), 0, _SIZES[-1])
-  grads = jax.grad(_loss)(params, x, y)
+  params = mlp.init_params(key)
+  x = jax.random.normal(jax.random.fold_in(key, 1), (128, mlp.SIZES[0]))
+  y = jax.random.randint(jax.random.fold_in(key, 2), (128,), 0, mlp.SIZES[-1])
+  grads = jax.grad(mlp.loss)(params, x, y)
   variants = {name: _variant(updater, params, x, y) for name, updater in _updaters().items()}
   carries = {name: variant[2] for name, variant in variants.items()}
   seconds = {kind: {name: [] for name in variants} for kind in ("step", "update")}

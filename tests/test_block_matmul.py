@@ -107,7 +107,8 @@ def test_strict_promotion():
   x, w, dy = case((4, 2), (3, 4), 0.5, 6, jnp.bfloat16)
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     for implementation in PORTABLE:
-      jax.grad(lambda x: js.ops.block_matmul(x, w, implementation=implementation).sum())(x)
+      dx = jax.grad(lambda x: js.ops.block_matmul(x, w, implementation=implementation).sum())(x)
+      assert dx.dtype == x.dtype and dx.shape == x.shape
 
 
 # -- Gradients ---------------------------------------------------------------------------------------------------------

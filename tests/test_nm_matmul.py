@@ -113,7 +113,8 @@ def test_strict_promotion():
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     for implementation in PORTABLE:
       loss = lambda x: js.ops.nm_matmul(x, w, activation="gelu", implementation=implementation).sum()
-      jax.grad(loss)(x)
+      dx = jax.grad(loss)(x)
+      assert dx.dtype == x.dtype and dx.shape == x.shape
 
 
 # -- Gradients ---------------------------------------------------------------------------------------------------------

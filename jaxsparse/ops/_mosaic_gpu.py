@@ -64,14 +64,17 @@ def sm_count() -> int:
 
 
 def const32(value: int):
+  """The constant as an i32."""
   return arith.constant(ir.IntegerType.get_signless(32), value)
 
 
 def const64(value: int):
+  """The constant as an i64."""
   return arith.constant(ir.IntegerType.get_signless(64), value)
 
 
 def add64(x, offset: int):
+  """An i64 plus a constant."""
   return arith.addi(x, const64(offset)) if offset else x
 
 
