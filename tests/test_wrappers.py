@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import jaxsparse as js
-from jaxsparse import _engine
+from jaxsparse import _zero_map
 from jaxsparse import _hold
 from jaxsparse import _tree
 
@@ -232,7 +232,7 @@ def test_state_is_cleaned_twice_only_where_needed(optimizer, once):
 
   def step(params):
     leaves = _tree.flatten(params)
-    verdict.append(_engine.ZeroMap().keeps_zeros(optax.with_extra_args_support(inner), leaves))
+    verdict.append(_zero_map.ZeroMap().keeps_zeros(optax.with_extra_args_support(inner), leaves))
     return params
 
   params = {k: {"kernel": p["kernel"]} for k, p in laws.make_params().items()}
