@@ -6,13 +6,13 @@ import os
 # Without LLVM's optimisations, and with XLA's older emitters of fusions, which a JAX from 0.12 on no longer has, compiling
 # takes half of the time. `make test-laws` compiles as users do.
 if "JAXSPARSE_OPTIMISED_TESTS" not in os.environ:
-  os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""),
+  QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-  ])
+  )
+  os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *QUICK))
 
 # The tests are for the CPU; compiling for a GPU (`ahead_of_time.py`) needs none, but its packages would look for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -25,7 +25,8 @@ def test_algorithm(name, optimizer):
   laws.check(laws.train(name, laws.OPTIMIZERS[optimizer](), **packed))
 
 
-PACKED = ("global_magnitude", "rigl", "sdgf", "sr_ste", "srigl")  # joint, hard, a changing pattern, dense, ablated groups
+# Joint, hard, a changing pattern, dense, ablated groups.
+PACKED = ("global_magnitude", "rigl", "sdgf", "sr_ste", "srigl")
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,9 @@ LAYOUTS = [
   ((2, 3, 4, 5), None),
 ]
 CASES = [(*layout, jnp.float32) for layout in LAYOUTS]
-CASES += [(*LAYOUTS[i], dtype) for i, dtype in ((2, jnp.int32), (5, jnp.bfloat16), (7, jnp.float16), (12, jnp.bfloat16))]
+CASES += [
+  (*LAYOUTS[i], dtype) for i, dtype in ((2, jnp.int32), (5, jnp.bfloat16), (7, jnp.float16), (12, jnp.bfloat16))
+]
 
 
 @pytest.mark.parametrize("path", PATHS)
