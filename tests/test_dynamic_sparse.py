@@ -312,6 +312,31 @@ def test_modular_weights():
   assert abs(between / inside - 0.25) < 0.03
 
 
+def test_g2gnet():
+  """SET's loop, without its pause, and with growth by |corr|, which is read in due updates only."""
+  rng = np.random.default_rng(6)
+  corr = {k: {n: rng.uniform(-1, 1, (STEPS, *w.shape)) for n, w in p.items()} for k, p in laws.make_params().items()}
+  for t in set(range(STEPS)) - set(DUE):
+    corr["a"]["kernel"][t] = np.nan
+  extra = {"corr": jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), corr)}
+  first, params, history = run(js.g2gnet(sparsity=0.75, modules=2, **SWAPS), extra=extra)
+  want = training.elastic(
+    params,
+    first,
+    batches(),
+    LR,
+    due=DUE,
+    total=lambda t, k: ref.keep_count(first[k].size, 0.75),
+    low=lambda t: 0.3,
+    high=lambda t: 0.0,
+    units=units_for({}),
+    drop=magnitude,
+    grow=lambda k, t, w, g: np.abs(corr[k]["kernel"][t]),
+    joint=False,
+  )
+  compare(history, want, refreshes=6)
+
+
 def test_a_planted_correlation_grows_first():
   updater = js.g2gnet(sparsity=0.5, modules=2, every=1, stop=10, drop_fraction=0.1)
   params = {"w": jnp.ones((8, 8)) * 0.1, "b": jnp.ones((8,))}

@@ -89,6 +89,11 @@ def test_gradual_pruning(name, arguments, score, options):
   compare(history, training.gradual(params, batches(), LR, sparsity=0.85, score=score, **RAMP, **options), refreshes=6)
 
 
+def test_iterative_nm():
+  _, params, history = run(js.iterative_nm(1, 4, **RAMP))
+  compare(history, training.stepwise_nm(params, batches(), LR, n=1, m=4, **RAMP), refreshes=3)
+
+
 def test_fisher():
   ramp = js.schedules.Polynomial(**RAMP)
   _, params, history = run(js.Updater(schedule=ramp, drop=scorers.Fisher(0.7), sparsity=0.85))
