@@ -4,7 +4,7 @@ import gc
 import os
 
 # Without LLVM's optimisations, and with XLA's older emitters of fusions, which a JAX from 0.12 on no longer has, compiling
-# takes half of the time. `make test-laws` compiles as users do.
+# takes half of the time. A part of `make test-laws` compiles as users do.
 if "JAXSPARSE_OPTIMISED_TESTS" not in os.environ:
   QUICK = (
     "--xla_backend_optimization_level=0",
