@@ -29,6 +29,7 @@ from experiments import checkpoints
 from experiments import datasets
 from experiments import metrics
 from experiments import models
+from experiments import optimizers
 from experiments import report
 import jaxsparse as js
 
@@ -54,7 +55,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   updater = js.create_updater(config.updater)
   data = datasets.load(config.dataset, config.data_dir)
   model = models.create(config.model, data.classes)
-  optimizer, learning_rate = create_optimizer(config)
+  optimizer, learning_rate = optimizers.create(config.optimizer, config.steps)
   tx = updater.wrap_optax(optimizer, key=config.seed)
 
   def loss_fn(params, batch):
@@ -133,23 +134,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
     final, masks = updater.export(params, opt_state)
     return report.write(workdir, config, updater, final, masks, evaluate(params, opt_state), writer.rows)
-
-
-def create_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Any optimizer of optax by its name, under a cosine that ends at zero (`decay="cosine"`) or a constant rate."""
-  arguments = config.optimizer.to_dict()
-  name, rate, decay = arguments.pop("name"), arguments.pop("learning_rate"), arguments.pop("decay")
-  decays = {
-    "cosine": lambda: optax.cosine_decay_schedule(rate, config.steps),
-    "constant": lambda: optax.constant_schedule(rate),
-  }
-  if decay not in decays:
-    raise ValueError(f"config.optimizer.decay must be one of {', '.join(decays)}, got {decay!r}.")
-  if not callable(getattr(optax, name, None)):
-    near = difflib.get_close_matches(name, dir(optax), n=1)
-    raise ValueError(f"optax has no optimizer {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
-  learning_rate = decays[decay]()
-  return getattr(optax, name)(learning_rate, **arguments), learning_rate
 
 
 def check_fields(config: ConfigDict) -> None:

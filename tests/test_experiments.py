@@ -23,6 +23,7 @@ from experiments import datasets
 from experiments import fashion_mnist_table
 from experiments import metrics
 from experiments import models
+from experiments import optimizers
 from experiments import train
 import jaxsparse as js
 
@@ -79,7 +80,7 @@ def test_every_configuration_fits_its_model_and_says_how_to_run_it(name):
   assert f"--config=configs/{name}.py" in module.__doc__
   train.check_fields(config)
   updater = js.create_updater(config.updater)
-  optimizer, _ = train.create_optimizer(config)
+  optimizer, _ = optimizers.create(config.optimizer, config.steps)
   size = 8 if config.dataset == "digits" else 28
   model = models.create(config.model, classes=10)
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 1)))["params"]
