@@ -23,11 +23,11 @@ def get_config():
   config.batch_size = 64
   # Characters in a sequence.
   config.length = 256
-  config.steps = 1600
+  config.steps = 1120
   # Calls of the device program; after each, the held-out loss is taken on a quarter of the windows.
   config.chunks = 8
   # Held-out windows; all that there are, if fewer.
-  config.windows = 4096
+  config.windows = 2048
   # Largest global norm of the gradient, before the updater sees it.
   config.clip = 1.0
   # See experiments/optimizers.py. Of 5e-4, 1e-3, 2e-3, 4e-3 and 8e-3 this rate was the best for the dense model.

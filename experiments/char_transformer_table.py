@@ -170,21 +170,27 @@ if __name__ == "__main__":
     text = jnp.asarray(corpus.train)
     windows = jnp.asarray(char_transformer.validation_windows(corpus.validation, base.length, base.windows))
     chosen = [row for row in rows(base) if not only or row[0] in only or f"{row[0]} {row[1]}" in only]
-    out, found = pathlib.Path(out_flag.value), []
-    # Rows train in order while those after them are compiled.
+    out, found, failed = pathlib.Path(out_flag.value), [], []
+    # All programs first: cuDNN's attention cannot be loaded while other threads compile ("capturing stream has unjoined
+    # work").
     with futures.ThreadPoolExecutor(threads_flag.value) as pool:
       evaluate = pool.submit(char_transformer.compile_evaluate, base, len(corpus.alphabet), windows)
       compiled = [pool.submit(char_transformer.compile_run, c, len(corpus.alphabet), text) for _, _, c in chosen]
-      for i, (name, pattern, config) in enumerate(tqdm.tqdm(chosen)):
-        done = char_transformer.train(*compiled[i].result(), text, evaluate.result(), windows)
-        compiled[i] = None  # Its parameters are on the device.
-        plain = {part: json.loads(config[part].to_json_best_effort()) for part in ("updater", "optimizer")}
-        found.append({"method": name, "pattern": pattern, **done, **plain})
-        write(out.with_suffix(".json"), summarize(found), base)
-        tqdm.tqdm.write(f"{name} {pattern}: {np.mean(done['final']):.4f} in {done['seconds']:.1f} s")
+    for (name, pattern, config), run in tqdm.tqdm(list(zip(chosen, compiled))):
+      try:
+        done = char_transformer.train(*run.result(), text, evaluate.result(), windows)
+      except jax.errors.JaxRuntimeError as error:  # One row of the device must not take the others with it.
+        failed.append(f"{name} {pattern}: {error}")
+        continue
+      plain = {part: json.loads(config[part].to_json_best_effort()) for part in ("updater", "optimizer")}
+      found.append({"method": name, "pattern": pattern, **done, **plain})
+      write(out.with_suffix(".json"), summarize(found), base)
+      tqdm.tqdm.write(f"{name} {pattern}: {np.mean(done['final']):.4f} in {done['seconds']:.1f} s")
     found = summarize(found)
     if len(chosen) > 1:
       plot(out.with_suffix(".png"), found)
     print(markdown(found))
+    if failed:
+      raise SystemExit("\n".join(["Rows that are missing:", *failed]))
 
   app.run(main)

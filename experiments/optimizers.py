@@ -32,8 +32,8 @@ def create(config: ConfigDict, steps: int) -> tuple[optax.GradientTransformation
   length = steps // cycles
   decays = {
     "cosine": lambda: optax.cosine_decay_schedule(rate, length),
-    "warmup_cosine": lambda: optax.warmup_cosine_decay_schedule(0.0, rate, max(1, length // 20), length),
     "constant": lambda: optax.constant_schedule(rate),
+    "warmup_cosine": lambda: optax.warmup_cosine_decay_schedule(0.0, rate, max(1, length // 20), length),
   }
   if decay not in decays:
     raise ValueError(f"config.optimizer.decay must be one of {', '.join(decays)}, got {decay!r}.")

@@ -1,6 +1,6 @@
 """Trains a classifier with any sparsity algorithm: the loop to read, run and fork.
 
-    python experiments/train.py --config=configs/digits_rigl.py --config.updater.sparsity=0.95 --workdir=runs/rigl95
+    python experiments/train.py --config=configs/digits.py:rigl --config.updater.sparsity=0.95 --workdir=runs/rigl95
 
 The working directory gets metrics.csv, metrics.jsonl, tensorboard/, checkpoints/ and the report (report.md,
 report.json and two plots). Started again with the same arguments, a run goes on from its last checkpoint and ends in
@@ -40,7 +40,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Trains, evaluates, writes checkpoints and metrics, and reports.
 
   Args:
-    config: see configs/digits_no_prune.py, which describes every field.
+    config: see configs/digits.py, which describes every field.
     workdir: directory of this run; an interrupted run goes on from its last checkpoint.
 
   Returns:
@@ -58,22 +58,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   optimizer, learning_rate = optimizers.create(config.optimizer, config.steps)
   tx = updater.wrap_optax(optimizer, key=config.seed)
 
-  def loss_fn(params, batch):
-    logits = model.apply({"params": params}, batch["image"])
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return loss.mean(), logits.argmax(-1) == batch["label"]
-
-  @jax.jit
-  def train_step(params, opt_state, batch):
-    grad_fn = jax.value_and_grad(lambda p: loss_fn(updater.forward_params(p, opt_state), batch), has_aux=True)
-    (loss, correct), grads = grad_fn(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, {"train_loss": loss, "train_accuracy": correct.mean()}
-
-  @jax.jit
-  def eval_step(params, opt_state, batch):
-    loss, correct = loss_fn(updater.sparse_params(params, opt_state), batch)
-    return loss * len(batch["label"]), correct.sum()
+  loss_fn, train_step, eval_step = make_steps(updater, model, tx)
 
   def evaluate(params, opt_state):
     sums = [eval_step(params, opt_state, batch) for batch in data.test_batches()]
@@ -136,6 +121,37 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     return report.write(workdir, config, updater, final, masks, evaluate(params, opt_state), writer.rows)
 
 
+def make_steps(updater: js.Updater, model: Any, tx: optax.GradientTransformationExtraArgs) -> tuple[Any, Any, Any]:
+  """The functions that train and evaluate a classifier.
+
+  Returns:
+    `loss_fn(params, batch)` -> (mean loss, which predictions are right);
+    `train_step(params, opt_state, batch)` -> (params, opt_state, metrics), jitted;
+    `eval_step(params, opt_state, batch)` -> (sum of losses, number of right predictions), jitted.
+  """
+  needs = updater.grow.needs if updater.grow else ()
+
+  def loss_fn(params, batch):
+    logits = model.apply({"params": params}, batch["image"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return loss.mean(), logits.argmax(-1) == batch["label"]
+
+  @jax.jit
+  def train_step(params, opt_state, batch):
+    grad_fn = jax.value_and_grad(lambda p: loss_fn(updater.forward_params(p, opt_state), batch), has_aux=True)
+    (loss, correct), grads = grad_fn(params)
+    extra = {"corr": models.correlations(model, params, batch["image"])} if "corr" in needs else {}
+    updates, opt_state = tx.update(grads, opt_state, params, **extra)
+    return optax.apply_updates(params, updates), opt_state, {"train_loss": loss, "train_accuracy": correct.mean()}
+
+  @jax.jit
+  def eval_step(params, opt_state, batch):
+    loss, correct = loss_fn(updater.sparse_params(params, opt_state), batch)
+    return loss * len(batch["label"]), correct.sum()
+
+  return loss_fn, train_step, eval_step
+
+
 def check_fields(config: ConfigDict) -> None:
   """ValueError for a misspelt field (it would be ignored) or a missing one."""
   for field in sorted(set(config.keys()) - set(FIELDS)):
@@ -150,7 +166,7 @@ def check_fields(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-  config_flag = config_flags.DEFINE_config_file("config", None, "The configuration, such as configs/digits_rigl.py.")
+  config_flag = config_flags.DEFINE_config_file("config", None, "The configuration, such as configs/digits.py:rigl.")
   workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; an interrupted run is resumed.")
   flags.mark_flags_as_required(["config", "workdir"])
 
