@@ -65,22 +65,20 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     loss, correct = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / len(data.test_labels)
     return {"test_loss": loss, "test_accuracy": correct}
 
-  # What pruning before training may differentiate, and on what: ten batches, or (without data) one input of ones.
-  at_init = {
-    "loss": (
-      lambda params, batch: loss_fn(params, batch)[0],
-      (data.train_batch(config.seed, step, config.batch_size) for step in range(10)),
-    ),
-    "sum of outputs": (
-      lambda params, image: model.apply({"params": params}, image).sum(),
-      [np.ones_like(data.train_images[:1])],
-    ),
-  }
-
   # Under jit: run operation by operation, initialisation compiles a hundred small programs.
   params = jax.jit(model.init)(jax.random.key(config.seed), data.train_images[:1])["params"]
   opt_state = jax.jit(tx.init)(params)
   if updater.prunes_at_init:
+    # What pruning before training may differentiate, and on what: ten batches, or (without data) one input of ones.
+    batches = [data.train_batch(config.seed, step, config.batch_size) for step in range(10)]
+    at_init = {
+      "loss": (lambda params, batch: loss_fn(params, batch)[0], batches),
+      "tempered loss": (lambda params, batch: loss_fn(params, batch, temperature=200.0)[0], batches),
+      "sum of outputs": (
+        lambda params, image: model.apply({"params": params}, image).sum(),
+        [np.ones_like(data.train_images[:1])],
+      ),
+    }
     objective, batches = at_init[updater.drop.objective]
     params, masks = updater.instant_sparsify(params, config.seed, loss_fn=objective, batches=batches)
     opt_state = js.set_masks(opt_state, masks)
@@ -125,14 +123,14 @@ def make_steps(updater: js.Updater, model: Any, tx: optax.GradientTransformation
   """The functions that train and evaluate a classifier.
 
   Returns:
-    `loss_fn(params, batch)` -> (mean loss, which predictions are right);
+    `loss_fn(params, batch, temperature=1.0)` -> (mean loss, which predictions are right);
     `train_step(params, opt_state, batch)` -> (params, opt_state, metrics), jitted;
     `eval_step(params, opt_state, batch)` -> (sum of losses, number of right predictions), jitted.
   """
   needs = updater.grow.needs if updater.grow else ()
 
-  def loss_fn(params, batch):
-    logits = model.apply({"params": params}, batch["image"])
+  def loss_fn(params, batch, temperature=1.0):
+    logits = model.apply({"params": params}, batch["image"]) / temperature
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     return loss.mean(), logits.argmax(-1) == batch["label"]
 
