@@ -78,7 +78,17 @@ TABLE = list(char_transformer_table.rows(toy()))
 
 def test_table_has_every_method_at_both_patterns():
   names = {name for name, _, _ in TABLE}
-  assert names >= {"dense", "asp", "magnitude_ste", "sr_ste 2e-4", "mdgf", "mdgf chain", "step", "ast", "cast"}
+  assert names >= {
+    "dense",
+    "asp",
+    "magnitude_ste",
+    "sr_ste 2e-4",
+    "mdgf",
+    "mdgf chain",
+    "step",
+    "ast 1e-4",
+    "cast 1e-4",
+  }
   assert {pattern for _, pattern, _ in TABLE} == {"dense", "2:4", "1:8"}
   assert len({(name, pattern) for name, pattern, _ in TABLE}) == len(TABLE)
   assert all(config.steps == 40 and config.batch_size == 4 for _, _, config in TABLE)
@@ -111,6 +121,15 @@ def test_a_toy_run_learns_and_is_sparse():
     char_transformer.make_run(toy(steps=41), 8)
 
 
+def test_a_second_run_keeps_the_rows_of_the_first(tmp_path):
+  config, path = toy(), tmp_path / "table.json"
+  assert char_transformer_table.earlier(path, config, TABLE) == []
+  rows = [{"method": "dense", "pattern": "dense"}, {"method": "step", "pattern": "1:8"}]
+  char_transformer_table.write(path, rows, config)
+  assert char_transformer_table.earlier(path, config, [("step", "1:8", config)]) == rows[:1]
+  assert char_transformer_table.earlier(path, toy(steps=80), []) == []  # another configuration
+
+
 def test_summary_takes_the_better_asp():
   row = lambda method, pattern, *final: {"method": method, "pattern": pattern, "final": list(final)}
   found = char_transformer_table.summarize(
@@ -122,5 +141,7 @@ def test_summary_takes_the_better_asp():
     ]
   )
   assert [r.get("gap closed") for r in found] == [None, pytest.approx(-0.25), 0.0, pytest.approx(0.75)]
-  assert found[3]["standard error"] == pytest.approx(0.1)
-  assert "| x | 1:8 | 1.1000 ± 0.1000 | 1.587 | 75 % |" in char_transformer_table.markdown(found)
+  assert found[3]["standard error"] == pytest.approx(0.1) and found[3]["gap error"] == pytest.approx(0.25)
+  table = char_transformer_table.markdown(found).splitlines()
+  assert table[0] == "| method | 1:8 | of ASP's gap |"
+  assert "| x | 1.1000 ± 0.1000 | 75 ± 25 % |" in table and "| dense | 1.0000 ± 0.0000 |  |" in table
