@@ -20,6 +20,7 @@ from jaxsparse.calibration._selection import select
 from jaxsparse.calibration._sketch import QuantileSketch
 from jaxsparse.calibration._sketch import quantile
 from jaxsparse.calibration._sparsegpt import Pruned
+from jaxsparse.calibration._sparsegpt import check_pruned
 from jaxsparse.calibration._sparsegpt import sparsegpt
 from jaxsparse.calibration._statistics import Statistics
 from jaxsparse.calibration._statistics import check_statistics
