@@ -14,7 +14,7 @@ from jaxsparse import quant
 from jaxsparse.calibration import _sketch
 from tests.references import post_training as reference
 
-K, O = 32, 24
+K, OUT = 32, 24
 STRUCTURES = {
   "output": (js.FixedFanIn(), 0.5),
   "layer": (js.Unstructured(), 0.6),
@@ -29,14 +29,14 @@ def layer(seed=0, rows=200):
   rng = np.random.RandomState(seed)
   x = rng.randn(rows, K) @ (np.eye(K) + 0.2 * rng.randn(K, K)) * np.exp(0.5 * rng.randn(K)) + 0.3 * rng.randn(K)
   x = x.astype(np.float32)
-  return rng.randn(K, O).astype(np.float32), x, x.T @ x
+  return rng.randn(K, OUT).astype(np.float32), x, x.T @ x
 
 
 def collected(x, **parts):
   return calibration.update(calibration.init_statistics(x.shape[-1], **parts), jnp.asarray(x))
 
 
-def keep_of(structure, sparsity, shape=(K, O)):
+def keep_of(structure, sparsity, shape=(K, OUT)):
   return calibration.keep_units(structure, shape, sparsity)
 
 
@@ -166,7 +166,7 @@ def test_weights_side_by_side_are_weights_by_themselves():
 
 def test_refit_is_least_squares_and_never_worse():
   w, _, gram = layer()
-  mask = np.random.RandomState(0).rand(K, O) < 0.5
+  mask = np.random.RandomState(0).rand(K, OUT) < 0.5
   start = jnp.where(mask, w, 0)
   errors = [reference.error(calibration.refit(start, w, gram, mask, iterations=n), w, gram) for n in (0, 1, 3, 40)]
   assert errors == sorted(errors, reverse=True)
@@ -224,7 +224,7 @@ class TestDsnot:
     group = 4 if nm else K
     mask = calibration.select(jnp.abs(w), structure, keep_of(structure, None if nm else 0.7))
     error = lambda mask: np.abs(np.sum(np.where(mask, 0, w) * np.asarray(statistics.mean)[:, None], 0))
-    counts = lambda mask: np.asarray(mask).reshape(K // group, group, O).sum(1)
+    counts = lambda mask: np.asarray(mask).reshape(K // group, group, OUT).sum(1)
     before = error(mask)
     for cycles in (1, 50):
       better = calibration.dsnot(w, mask, statistics, structure, cycles=cycles)
