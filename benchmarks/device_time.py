@@ -36,7 +36,11 @@ def timer(iterations: int):
 
 
 def in_turn(
-  programs: Mapping[str, Sequence[Callable[[], Any]]], rounds: int, iterations: int, finish: Callable[[], None]
+  programs: Mapping[str, Sequence[Callable[[], Any]]],
+  rounds: int,
+  iterations: int,
+  finish: Callable[[], None] = lambda: None,
+  uneven: Sequence[str] = (),
 ) -> dict[str, float]:
   """Median microseconds a call of each program, on the device (CUPTI); wall clock where there is no GPU.
 
@@ -46,6 +50,7 @@ def in_turn(
     rounds: rounds in which all programs take their turn.
     iterations: calls of a program in a turn, at least; all of its copies are called.
     finish: waits for what other libraries have launched.
+    uneven: programs whose calls may launch different kernels: the mean of a turn counts.
 
   Raises:
     RuntimeError: the profiler lost kernels.
@@ -83,6 +88,9 @@ def in_turn(
   times = {name: [] for name in programs}
   for (name, repeats, calls), turn in zip(turns, found, strict=True):
     launched, rest = divmod(len(turn), repeats * len(calls))
+    if name in uneven and turn:
+      times[name].append(1e3 * sum(turn) / (repeats * len(calls)))
+      continue
     if rest or not launched:
       raise RuntimeError(f"{name}: {len(turn)} kernels in {repeats * len(calls)} calls")
     times[name] += [1e3 * sum(turn[i : i + launched]) for i in range(0, len(turn), launched)]

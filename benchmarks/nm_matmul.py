@@ -19,12 +19,14 @@ size, to check itself. `nm_matmul_table.py` makes the table and the plot.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import pathlib
+import threading
 import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too
@@ -97,6 +99,11 @@ class Case:
   @property
   def key(self):
     return self.shape, self.pattern, self.batch
+
+  @property
+  def decompresses(self):
+    """Whether no kernel is meant for it."""
+    return self.batch > _ROTATED and bool(self.bits or self.n > 2)
 
 
 def cases() -> list[Case]:
@@ -193,56 +200,59 @@ def spec(shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
+# What has no product inside is not tuned: that would run on the device while others are timed.
+_UNTUNED = {"xla_gpu_autotune_level": 0}
+
+
 class Programs:
-  """Compiled programs; those that need no tuning on the device are compiled by a pool."""
+  """Programs that the device is not needed for, compiled by a pool."""
 
   def __init__(self, pool):
-    self._pool, self._found = pool, {}
+    self._pool, self._found, self._lock = pool, {}, threading.RLock()
 
   def ask(self, fn, static, *args):
-    """Begins to compile `fn(*static, *args)` for arguments of these shapes."""
+    """Begins to compile `fn(*static, *args)` for arguments of these shapes: (shapes of its results, future)."""
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
     key = (fn, static, str(jax.tree.map(lambda a: (a.shape, a.dtype), args)))
-    if key not in self._found:
-      args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-      self._found[key] = self._pool.submit(
-        lambda: jax.jit(fn, static_argnums=range(len(static))).lower(*static, *args).compile()
-      )
-    return self._found[key]
+    with self._lock:
+      if key not in self._found:
+        traced = jax.jit(fn, static_argnums=range(len(static))).trace(*static, *args)
+        options = _UNTUNED if jax.default_backend() == "gpu" else None
+        self._found[key] = traced.out_info, self._pool.submit(lambda: traced.lower().compile(options))
+      return self._found[key]
 
   def get(self, fn, static, *args):
-    return self.ask(fn, static, *args).result()
+    return self.ask(fn, static, *args)[1].result()
 
+  def packed(self, form):
+    """Layout -> shapes of a weight in it."""
+    return self.ask(weight, (form,), jax.eval_shape(lambda: jax.random.key(0)))[0][1]
 
-@functools.cache
-def packed_specs(form):
-  return jax.eval_shape(functools.partial(weight, form), jax.random.key(0))[1]
+  def plan(self, case) -> tuple[str, tuple[str, ...]]:
+    """(what `nm_matmul` takes by itself, what can run)."""
+    key = case.form, case.batch
+    if key not in self._found:
+      x, packed, runs = spec((case.batch, case.k)), self.packed(case.form), []
+      for name in sorted({"hopper", "decode"} & set(packed)):
+        with contextlib.suppress(NotImplementedError):
+          js.ops.which_nm_matmul(x, packed[name], implementation=name)
+          runs.append(name)
+      best = next(iter(packed.values()))
+      if len(packed) > 1:
+        shape = (case.k // case.m, case.n, case.o)
+        w = js.NMArray.tree_unflatten((case.n, case.m), (spec(shape), spec(shape, jnp.uint8), None))
+        best = packed[preference.layout(w, case.batch)]
+      self._found[key] = js.ops.which_nm_matmul(x, best).implementation, tuple(runs)
+    return self._found[key]
 
-
-@functools.cache
-def plan(form, batch) -> tuple[str, tuple[str, ...]]:
-  """(what `nm_matmul` takes by itself, what can run)."""
-  x, packed = spec((batch, form[0])), packed_specs(form)
-  w = jax.eval_shape(functools.partial(random_weight, form), jax.random.key(0))
-  runs = []
-  for name in set(packed) & {"hopper", "decode"}:
-    try:
-      js.ops.which_nm_matmul(x, packed[name], implementation=name)
-      runs.append(name)
-    except NotImplementedError:
-      continue
-  best = next(iter(packed.values())) if len(packed) == 1 else packed[preference.layout(w, batch)]
-  return js.ops.which_nm_matmul(x, best).implementation, tuple(sorted(runs))
-
-
-def ask_all(programs, todo):
-  """Compiles, in the order of use, everything that the device is not needed for."""
-  for case in todo:
-    x, y = spec((case.batch, case.k)), spec((case.batch, case.o))
-    programs.ask(weight, (case.form,), jax.eval_shape(lambda: jax.random.key(0)))
-    programs.ask(inspect, (), y)
-    programs.ask(poison, (y.shape,))
-    for name in plan(case.form, case.batch)[1]:
-      programs.ask(product, (name,), x, packed_specs(case.form)[name])
+  def ask_all(self, todo):
+    """Everything, in the order of use."""
+    for case in todo:
+      x, y = spec((case.batch, case.k)), spec((case.batch, case.o))
+      self.ask(inspect, (), y)
+      self.ask(poison, (y.shape,))
+      for name in self.plan(case)[1]:
+        self.ask(product, (name,), x, self.packed(case.form)[name])
 
 
 # -- Measuring ---------------------------------------------------------------------------------------------------------
@@ -265,9 +275,14 @@ class Bench:
     return 2 * big.nbytes / us / 1e6
 
   def begin(self, shape, batches):
-    """Drops the weights of the shape before, and makes the dense one."""
+    """Drops the weights of the shape before; makes the dense one and tunes products with it."""
     if self.shape == shape:
       return
+    now = time.monotonic()
+    if jax.default_backend() == "gpu":  # at once: XLA compiles its candidates side by side, and remembers what it took
+      dots = jax.jit(lambda xs, ws: [product("dense", x, w) for x, w in zip(xs, ws)])
+      dots.lower([spec((b, shape[0])) for b in batches], [spec(shape) for _ in batches]).compile()
+    self.spent("tuning the dense dot", now)
     self.weights, self.columns, self.rivals, self.shape, self.few = {}, {}, [], shape, min(batches)
     k, o = shape
     keys = jax.random.split(jax.random.key(k + o), copies_for(2 * k * o, self.few))
@@ -277,7 +292,7 @@ class Bench:
     """Makes the packed weights of a pattern, once."""
     if case.pattern in self.weights:
       return self.weights[case.pattern]
-    specs, made = packed_specs(case.form), collections.defaultdict(list)
+    specs, made = self.programs.packed(case.form), collections.defaultdict(list)
     wanted = {name: copies_for(specs[name].nbytes, self.few) for name in specs}
     for i in range(max(wanted.values())):
       key = jax.random.key(i)
@@ -312,10 +327,10 @@ class Bench:
     ws = self.weights["dense"]["dense"][: copies_for(2 * first.k * first.o, first.batch)]
     dense = jax.jit(functools.partial(product, "dense")).lower(x, ws[0]).compile()
     calls = {"dense": [functools.partial(dense, x, w) for w in ws]}
-    now = self.spent("tune the dense dot", now)
+    now = self.spent("tuning the dense dot", now)
     found, failed = {}, []
     for case in todo:
-      taken, names = plan(case.form, case.batch)
+      taken, names = self.programs.plan(case)
       for name in names or ("xla",):
         try:
           forms = self.forms(case)
@@ -343,7 +358,11 @@ class Bench:
     for call in calls["dense"]:
       jax.block_until_ready(call())
     finish = self.torch.cuda.synchronize if self.torch else lambda: None
-    times = device_time.in_turn(calls, _ROUNDS.value, _ITERATIONS.value, finish)
+    take_turns = functools.partial(device_time.in_turn, calls, _ROUNDS.value, _ITERATIONS.value, finish, ["cuSPARSELt"])
+    try:
+      times = take_turns()
+    except RuntimeError:  # something else ran on the device
+      times = take_turns()
     self.spent("timing", now)
     return [self.row(times, x, key, **info) for key, info in found.items()], failed
 
@@ -400,15 +419,15 @@ def main(argv):
   have = {(row["shape"], row["pattern"], row["B"]) for row in rows}
   everything = cases()
   todo = [case for case in everything if case.key not in have]
-  needs_xla = lambda case: not plan(case.form, case.batch)[1]
-  todo = [case for case in todo if not needs_xla(case)] + [case for case in todo if needs_xla(case) and _XLA.value]
-  torch, note = cusparselt.load() if _CUSPARSELT.value else (None, "not asked for")
+  todo = [c for c in todo if not c.decompresses] + [c for c in todo if c.decompresses and _XLA.value]
   order = [[shape.name for shape in arg_specs.ARG_SPECS], list(dict.fromkeys(case.pattern for case in everything))]
 
   pool = concurrent.futures.ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1)))
-  bench = Bench(Programs(pool), torch)
+  programs = Programs(pool)
+  threading.Thread(target=programs.ask_all, args=(todo,), daemon=True).start()
+  torch, note = cusparselt.load() if _CUSPARSELT.value else (None, "not asked for")
+  bench = Bench(programs, torch)
   setup = {"copy_tb_per_s": bench.copy_tb_per_s, "cusparselt": note}
-  ask_all(bench.programs, todo)
   bench.spent("starting", began)
 
   def write():
@@ -418,7 +437,7 @@ def main(argv):
     seconds = {name: round(value, 1) for name, value in bench.seconds.items()}
     report.write_json(path, rows, **setup, seconds=seconds, failed=failed, not_measured=missing)
 
-  groups = itertools.groupby(todo, key=lambda case: (needs_xla(case), case.k, case.o, case.batch))
+  groups = itertools.groupby(todo, key=lambda case: (case.decompresses, case.k, case.o, case.batch))
   groups = [list(group) for _, group in groups]
   for at, group in enumerate(tqdm.tqdm(groups, mininterval=5)):
     if over():
