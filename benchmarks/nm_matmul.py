@@ -135,7 +135,7 @@ def random_weight(form, key: jax.Array) -> js.NMArray:
   values = jax.random.normal(keys[0], (k // m, n, o), jnp.bfloat16)
   positions = choices[jax.random.randint(keys[1], (k // m, o), 0, len(choices))]
   w = js.NMArray(values, positions.transpose(0, 2, 1), n=n, m=m)
-  return js.quant.quantize(w, bits, min(128, k)) if bits else w
+  return js.quant.quantize(w, bits, min(128, k), scale_dtype=jnp.bfloat16) if bits else w
 
 
 def strided(size, of):
