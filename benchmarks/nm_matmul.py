@@ -422,12 +422,13 @@ def main(argv):
   todo = [c for c in todo if not c.decompresses] + [c for c in todo if c.decompresses and _XLA.value]
   order = [[shape.name for shape in arg_specs.ARG_SPECS], list(dict.fromkeys(case.pattern for case in everything))]
 
+  # Importing and measuring come first: tracing and lowering leave other threads little of the interpreter.
+  torch, note = cusparselt.load() if _CUSPARSELT.value else (None, "not asked for")
   pool = concurrent.futures.ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1)))
   programs = Programs(pool)
-  threading.Thread(target=programs.ask_all, args=(todo,), daemon=True).start()
-  torch, note = cusparselt.load() if _CUSPARSELT.value else (None, "not asked for")
   bench = Bench(programs, torch)
   setup = {"copy_tb_per_s": bench.copy_tb_per_s, "cusparselt": note}
+  threading.Thread(target=programs.ask_all, args=(todo,), daemon=True).start()
   bench.spent("starting", began)
 
   def write():
