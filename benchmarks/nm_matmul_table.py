@@ -1,6 +1,6 @@
 """The Markdown table and the plot of what `nm_matmul.py` measured.
 
-python benchmarks/nm_matmul_table.py results/nm_matmul.json [--columns=1,16,512,4096,8192] [--plot=results/nm_matmul.png]
+python benchmarks/nm_matmul_table.py results/nm_matmul.json [--columns=1,16,512] [--patterns=2:4] [--plot=results/nm_matmul.png]
 """
 
 import json
@@ -9,7 +9,8 @@ import pathlib
 from absl import app
 from absl import flags
 
-_COLUMNS = flags.DEFINE_list("columns", ["1", "16", "64", "512", "4096", "8192"], "Columns: numbers of rows of x.")
+_COLUMNS = flags.DEFINE_list("columns", ["1", "16", "64", "512", "2048", "4096", "8192"], "Numbers of rows of x.")
+_PATTERNS = flags.DEFINE_list("patterns", None, "Patterns in the table; default: all.")
 _PLOT = flags.DEFINE_string("plot", None, "Where a plot goes.")
 
 
@@ -21,14 +22,15 @@ def by_case(rows):
 
 
 def markdown(rows, batches) -> str:
-  """Ratio to dense, microseconds, and after a semicolon the ratio of cuSPARSELt where it was timed; a "d" marks the decode kernel."""
+  """Cells: ratio to dense, then microseconds, "d" for the decode kernel, and cuSPARSELt's ratio to dense where timed."""
   taken = by_case(rows)
   cells = {}
   for (pattern, shape, batch), row in taken.items():
     mark = {"decode*": " d", "xla*": " x"}.get(row["implementation"], "")
     rival = f"; {row['dense us'] / row['cuSPARSELt us']:.2f}" if "cuSPARSELt us" in row else ""
+    us = f"{row['us']:.0f}" if row["us"] >= 1000 else f"{row['us']:.3g}"
     cells.setdefault((pattern, shape, f"{row['K']} x {row['O']}"), {})[batch] = (
-      f"{row['ratio']:.2f} ({row['us']:.3g}{mark}{rival})"
+      f"{row['ratio']:.2f} ({us}{mark}{rival}){'†' * ('earlier' in row)}"
     )
   lines = ["| pattern | weight | K x O | " + " | ".join(f"{b} row{'s' * (b > 1)}" for b in batches) + " |"]
   lines.append("| --- | --- | --- |" + " ---: |" * len(batches))
@@ -84,7 +86,8 @@ def main(argv):
   found = json.loads(pathlib.Path(argv[1]).read_text())
   if _PLOT.value:
     plot(_PLOT.value, found["rows"], title(found["environment"]))
-  print(markdown(found["rows"], [int(b) for b in _COLUMNS.value]))
+  rows = [row for row in found["rows"] if _PATTERNS.value is None or row["pattern"] in _PATTERNS.value]
+  print(markdown(rows, [int(b) for b in _COLUMNS.value]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from jaxsparse.ops.nm_matmul import _hopper_layout
 # Rows of x up to which reading fewer bytes decides, so that the decode kernel wins for patterns sparser than 2:4: with
 # one entry to a group, and with more, which take more work to unpack.
 SINGLE_DECODE_BATCH, DECODE_BATCH = 32, 16
+# From this many outputs on, 1:8 and sparser win up to 64 rows: x is read by more outputs at a time.
+_MANY_OUTPUTS, _MANY_OUTPUTS_BATCH = 28672, 64
 # The smallest weight for which a kernel was measured; it beat the dense dot for all numbers of rows.
 SMALL_WEIGHT = 1 << 20
 
@@ -57,7 +59,10 @@ def _decode_rows(w: Any) -> int:
   quantised = getattr(w, "scales", None) is not None or not jnp.issubdtype(jnp.dtype(w.dtype), jnp.floating)
   if pattern == "2:4" and not quantised:
     return DECODE_BATCH if _idle_tensor_cores(*w.shape) else 0
-  return SINGLE_DECODE_BATCH if pattern.startswith("1:") else DECODE_BATCH
+  n, m = map(int, pattern.split(":"))
+  if n > 1:
+    return DECODE_BATCH
+  return _MANY_OUTPUTS_BATCH if m >= 8 and w.shape[1] >= _MANY_OUTPUTS else SINGLE_DECODE_BATCH
 
 
 def _idle_tensor_cores(k: int, o: int) -> bool:
