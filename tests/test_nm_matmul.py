@@ -487,6 +487,18 @@ def test_preferred_layout():
     assert (preference.layout(w, 1), preference.layout(w, 512)) == (one, many)
 
 
+def test_preference_agrees_with_what_was_measured():
+  table = pathlib.Path(preference.__file__).parent / "measured" / "few_rows_nvidia_h100.json"
+  rows = json.loads(table.read_text())["rows"]
+  for pattern, k, o, batch, decode, tensor_cores in rows:
+    n, m = map(int, pattern.split(":"))
+    leaf = lambda dtype: jax.ShapeDtypeStruct((k // m, n, o), dtype)
+    w = js.NMArray.tree_unflatten((n, m), (leaf(jnp.bfloat16), leaf(jnp.uint8), None))
+    taken = {"decode": decode, "hopper": tensor_cores}[preference.layout(w, batch)]
+    assert taken <= 1.1 * min(decode, tensor_cores), (pattern, k, o, batch)
+  assert {row[3] for row in rows} == {1, 8, 16, 24, 32, 48, 64}
+
+
 # -- The benchmark -----------------------------------------------------------------------------------------------------
 
 
