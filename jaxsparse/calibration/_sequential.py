@@ -127,9 +127,7 @@ def stream_statistics(
   stream = _Stream(apply_block, linears, gram, sketch)
   hidden = list(hidden)
   for block in blocks:
-    yield {
-      name: inputs.statistics for names, inputs in stream.collect(block, hidden, advance=True) for name in names
-    }
+    yield {name: inputs.statistics for names, inputs in stream.collect(block, hidden, advance=True) for name in names}
 
 
 def prune_blocks(
