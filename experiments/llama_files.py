@@ -193,7 +193,7 @@ def _config_of_gguf(reader: Any, path: Any) -> llama.Config:
   )
 
 
-def _shapes(config: llama.Config) -> dict[str, tuple[int, ...]]:
+def shapes(config: llama.Config) -> dict[str, tuple[int, ...]]:
   """Our shapes, `[in, out]`, by our names."""
   dim, (q, k, v) = config.dim, config.qkv_dims
   return {
@@ -226,14 +226,14 @@ def _assemble(
   top = {ours: f"{theirs}.weight" for ours, theirs in top.items() if ours != "head" or not config.tied_embedding}
   blocks = [{ours: f"{prefix}{i}.{name}.weight" for ours, name in block.items()} for i in range(config.layers)]
   _check_names(readers, [*top.values(), *(name for b in blocks for name in b.values())], where)
-  shapes = _shapes(config)
+  wanted = shapes(config)
 
   def read(ours, theirs):
     value = change(ours, np.asarray(readers[theirs]()))
     value = value if ours == "embedding" else value.T
-    if value.shape != shapes[ours]:
+    if value.shape != wanted[ours]:
       raise ValueError(
-        f"{where}: {theirs} has shape {value.shape[::-1]}; the configuration calls for {shapes[ours][::-1]}."
+        f"{where}: {theirs} has shape {value.shape[::-1]}; the configuration calls for {wanted[ours][::-1]}."
       )
     return jnp.asarray(value, dtype)
 

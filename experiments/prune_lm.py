@@ -74,7 +74,8 @@ def prune_lm(
   workdir = pathlib.Path(workdir).expanduser().resolve()
   workdir.mkdir(parents=True, exist_ok=True)
   model = model or language_models.load(config.model, config.data_dir, config.dtype)
-  rows = rows or text_rows.load(model.tokenizer, config.length, config.data_dir or None)
+  if rows is None:
+    rows = text_rows.load(model.tokenizer, config.length, config.data_dir or None, training=config.repair.steps > 0)
   evaluate = _Evaluation(model.config, rows, config.batch_size)
   report = prune_report.Report(config)
 

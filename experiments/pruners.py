@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 from typing import Any
 
 import jax
@@ -60,22 +61,30 @@ class Pruner:
     """
 
     def prune(weights, statistics):
+      # Outputs that are pruned by themselves may be those of several layers: what depends on the inputs is done once.
+      by_output = isinstance(self.structure, (structures.FixedFanIn, structures.NM))
       out = {}
-      for name, w in weights.items():
-        sparsity = self.sparsity if sparsities is None else sparsities[int(name.split("/")[1])]
-        keep = calibration.keep_units(self.structure, w.shape, sparsity, name)
-        pruned, mask = _run(
-          w, statistics, jnp.int32(keep), self.ridge, self.name, self.structure, tuple(sorted(self.arguments.items()))
-        )
-        if not bool(jnp.isfinite(pruned).all()):
-          raise FloatingPointError(
-            f"{name}: {self.name} gave weights that are not finite; its Gram matrix could not be factored. Calibrate with "
-            "more tokens, or with more damping."
-          )
-        out[name] = pruned, mask
+      for names in [tuple(weights)] if by_output else [(name,) for name in weights]:
+        pruned = self._prune(names, [weights[name] for name in names], statistics, sparsities)
+        out |= dict(zip(names, pruned))
       return out
 
     return prune
+
+  def _prune(self, names, weights, statistics, sparsities):
+    label = " ".join(names)
+    sparsity = self.sparsity if sparsities is None else sparsities[int(names[0].split("/")[1])]
+    w = weights[0] if len(weights) == 1 else jnp.concatenate(weights, -1)
+    keep = jnp.int32(calibration.keep_units(self.structure, w.shape, sparsity, label))
+    arguments = tuple(sorted(self.arguments.items()))
+    pruned, mask = _run(w, statistics, keep, self.ridge, self.name, self.structure, arguments)
+    if not bool(jnp.isfinite(pruned).all()):
+      raise FloatingPointError(
+        f"{label}: {self.name} gave weights that are not finite; its Gram matrix could not be factored. Calibrate with "
+        "more tokens, or with more damping."
+      )
+    ends = list(itertools.accumulate(part.shape[-1] for part in weights))[:-1]
+    return list(zip(jnp.split(pruned, ends, -1), jnp.split(mask, ends, -1)))
 
 
 def create(

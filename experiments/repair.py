@@ -1,6 +1,8 @@
 """Repair of a pruned language model: kept weights and norms are trained on with fixed masks, following the dense model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
 from typing import Any
 
 import jax
@@ -35,7 +37,7 @@ def repair(
     dense: parameters of the model that is followed.
     config: of the model.
     rows: int `[R, T]`, to train on.
-    options: `steps`, `batch_size`, `learning_rate` (Adam; a tenth of the steps rise, then cosine to 0), `distill` (share of
+    options: `steps`, `batch_size`, `learning_rate` (Adam; a cosine to 0, rising over the first tenth of the steps), `distill` (share of
       the divergence from the dense model in the loss; the rest is the loss on the text) and `dtype` (of products).
     seed: of the order of rows.
     progress: wraps the steps, such as `tqdm.tqdm`.
@@ -49,21 +51,23 @@ def repair(
   """
   if options.batch_size > len(rows):
     raise ValueError(f"repair.batch_size={options.batch_size} is more than the {len(rows)} training rows.")
+  linears = None if masks is None else tuple(masks[0])
+  tx, step = _program(config, linears, options.distill, options.dtype)
   trained = _stacked(params)
   fixed = {name: value for name, value in dense.items() if name in ("embedding", "head")}
-  updater = _updater(masks)
-  schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, max(1, options.steps // 10), options.steps)
-  tx = updater.wrap_optax(optax.adam(schedule, b2=0.98), key=seed)
   opt_state = jax.jit(tx.init)(trained)
   if masks is not None:
-    named = {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)}
-    opt_state = js.set_masks(opt_state, _like(trained, named))
-  step = jax.jit(_step_fn(tx, config, options), donate_argnums=(0, 1))
-  teacher = _cast(_stacked(dense), options.dtype)
+    named = jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)
+    by_leaf = {"norm": None, "blocks": {name: named.get(name) for name in trained["blocks"]}}
+    opt_state = js.set_masks(opt_state, by_leaf)
+  at = (np.arange(options.steps) + 0.5) / options.steps
+  rates = options.learning_rate * np.minimum(1, 10 * at) * (1 + np.cos(np.pi * at)) / 2
+  rates = rates.astype(np.float32)
+  teacher = jax.tree.map(lambda leaf: leaf.astype(options.dtype), _stacked(dense))
   losses = []
   for i in progress(range(options.steps)):
-    tokens = jnp.asarray(_batch(rows, seed, i, options.batch_size))
-    trained, opt_state, loss = step(trained, opt_state, teacher, fixed, tokens)
+    tokens = jnp.asarray(_batch(rows, seed, i, options.batch_size), jnp.int32)
+    trained, opt_state, loss = step(trained, opt_state, teacher, fixed, tokens, rates[i])
     losses.append(loss)
   losses = [float(loss) for loss in jax.device_get(losses)]
   if not np.isfinite(losses).all():
@@ -73,46 +77,56 @@ def repair(
   return {**params, "blocks": blocks, "norm": trained["norm"]}, losses
 
 
-def _updater(masks: Any) -> js.Updater:
-  if masks is None:
-    return js.no_prune()
-  # The masks are given; of the updaters whose masks never change, this one makes none of its own first.
-  linears = "|".join(masks[0])
-  return js.snip(sparsity=0.5, rules=js.Rules((rf"blocks/({linears})", js.Unstructured()), (".*", None)))
+@functools.cache
+def _program(config: llama.Config, linears: tuple[str, ...] | None, distill: float, dtype: str) -> tuple[Any, Any]:
+  """The optimizer and the compiled step, the same for every mask and number of steps."""
+  # Given masks: of the updaters whose masks never change, this one does not make any of its own first.
+  rules = lambda: js.Rules((rf"blocks/({'|'.join(linears)})", js.Unstructured()), (".*", None))
+  updater = js.no_prune() if linears is None else js.snip(sparsity=0.5, rules=rules())
+  tx = updater.wrap_optax(optax.chain(optax.scale_by_adam(b2=0.98), _scale_by_rate()))
 
-
-def _step_fn(tx, config, options):
-  def step(trained, opt_state, teacher, fixed, tokens):
-    theirs = None
-    if options.distill:
-      theirs = _hidden(teacher, fixed, tokens[:, :-1], config)
+  def step(trained, opt_state, teacher, fixed, tokens, rate):
+    theirs = _hidden(teacher, fixed, tokens[:, :-1], config) if distill else None
 
     def loss_fn(trained):
-      ours = _hidden(_cast(trained, options.dtype), fixed, tokens[:, :-1], config)
-      return _loss(trained, ours, teacher, theirs, fixed, tokens[:, 1:], config, options.distill)
+      narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
+      ours = _hidden(narrow, fixed, tokens[:, :-1], config)
+      return _loss(narrow, ours, teacher, theirs, fixed, tokens[:, 1:], config, distill)
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
-    updates, opt_state = tx.update(grads, opt_state, trained)
+    updates, opt_state = tx.update(grads, opt_state, trained, rate=rate)
     return optax.apply_updates(trained, updates), opt_state, loss
 
-  return step
+  return tx, jax.jit(step, donate_argnums=(0, 1))
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+  """The learning rate as an argument of the update."""
+
+  def update(updates, state, params=None, *, rate, **extra):
+    del params, extra
+    return jax.tree.map(lambda u: -rate * u, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _hidden(params, fixed, tokens, config):
-  """The residual stream after the last block; the blocks' activations are computed again in the backward pass."""
+  """The residual stream after the last block; the backward pass finds the results of products, and no more."""
   x = llama.embed(fixed, tokens).astype(params["norm"].dtype)
-  body = jax.checkpoint(lambda x, block: (llama.apply_block(block, x, config), None))
+  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  body = jax.checkpoint(lambda x, block: (llama.apply_block(block, x, config), None), policy=kept)
   return jax.lax.scan(body, x, params["blocks"])[0]
 
 
-def _loss(trained, ours, teacher, theirs, fixed, targets, config, distill):
+def _loss(params, ours, teacher, theirs, fixed, targets, config, distill):
   """The mean over rows, of which a few at a time have their logits in memory."""
-  logits = lambda params, x: llama.logits(_cast(fixed, x.dtype) | {"norm": params["norm"].astype(x.dtype)}, x, config)
+  fixed = {name: value.astype(ours.dtype) for name, value in fixed.items()}
+  logits = lambda params, x: llama.logits(fixed | {"norm": params["norm"]}, x, config)
 
   @jax.checkpoint
   def some(args):
     ours, theirs, targets = args
-    mine = logits(trained, ours)
+    mine = logits(params, ours)
     text = optax.softmax_cross_entropy_with_integer_labels(mine, targets).mean()
     if theirs is None:
       return text
@@ -127,15 +141,6 @@ def _stacked(params):
   """What is trained, in float32; every leaf of the blocks with the layers on a leading axis."""
   blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *params["blocks"])
   return {"blocks": blocks, "norm": jnp.array(params["norm"], jnp.float32)}  # a copy: what is trained is donated
-
-
-def _cast(tree, dtype):
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-
-def _like(tree, masks):
-  """Masks by name in a tree of the containers of `tree`, None elsewhere."""
-  return {"norm": None, "blocks": {name: masks["blocks"].get(name) for name in tree["blocks"]}}
 
 
 def _batch(rows, seed, step, size):

@@ -30,7 +30,7 @@ class Rows(NamedTuple):
   Attributes:
     test: shape=(48, length): the State of the Union.
     calibration: shape=(64, length): of the same speeches.
-    training: shape=(rest, length): of the same speeches; for repair.
+    training: shape=(rest, length): of the same speeches, and where asked for of all later ones; for repair.
     brown: shape=(48, length): the Brown corpus, for testing only.
   """
 
@@ -40,7 +40,9 @@ class Rows(NamedTuple):
   brown: np.ndarray
 
 
-def load(tokenizer: Any, length: int = 256, folder: str | pathlib.Path | None = None) -> Rows:
+def load(
+  tokenizer: Any, length: int = 256, folder: str | pathlib.Path | None = None, *, training: bool = False
+) -> Rows:
   """Tokenises the texts and cuts them into rows.
 
   The first two million characters of the addresses are cut into rows, which `RandomState(0)` permutes: the first 48 are
@@ -51,14 +53,17 @@ def load(tokenizer: Any, length: int = 256, folder: str | pathlib.Path | None = 
     tokenizer: as `experiments.tokenizer.load` gives it.
     length: tokens in a row.
     folder: where the corpora are kept; None for `data/` beside `experiments/`.
+    training: whether to tokenise the addresses after the first two million characters too, for training: 7000 rows of 256.
 
   Raises:
     RuntimeError, ValueError: from fetching, as `experiments.npm.archive`.
   """
   folder = pathlib.Path(folder or corpus.FOLDER).expanduser()
-  speeches = _permuted(tokenizer, state_of_the_union(folder)[:CHARACTERS], length)
+  text = state_of_the_union(folder)
+  speeches = _permuted(tokenizer, text[:CHARACTERS], length)
+  later = [cut(tokenizer, text[CHARACTERS:], length)] if training else []
   prose = _permuted(tokenizer, brown(folder)[:CHARACTERS], length)
-  return Rows(speeches[TEST], speeches[CALIBRATION], speeches[TRAINING], prose[TEST])
+  return Rows(speeches[TEST], speeches[CALIBRATION], np.concatenate([speeches[TRAINING], *later]), prose[TEST])
 
 
 def cut(tokenizer: Any, text: str, length: int) -> np.ndarray:

@@ -203,6 +203,7 @@ class _Stream:
   def __init__(self, apply_block: ApplyBlock, linears: Sequence[str], gram: bool, sketch: bool):
     self._apply_block, self._linears = apply_block, tuple(linears)
     self._parts = {"gram": gram, "sketch": sketch}
+    self._order, self._shapes = {}, {}  # blocks of equal shapes are traced once
     self._apply = jax.jit(lambda params, x: apply_block(params, x, matmul))
     self._step = jax.jit(self._one_batch, static_argnames=("only", "advance"), donate_argnames="so_far")
 
@@ -210,9 +211,11 @@ class _Stream:
     """Names of the weights that share an input, for each input, as the block uses them."""
     if not hidden:
       raise ValueError("There is no calibration data; give at least one batch of hidden states.")
-    names = []
-    jax.eval_shape(lambda p, x: names.extend(_observe(self._apply_block, p, x, self._linears)[1]), params, hidden[0])
-    return names
+    key = _signature((params, hidden[0]))
+    if key not in self._order:
+      names = self._order[key] = []
+      jax.eval_shape(lambda p, x: names.extend(_observe(self._apply_block, p, x, self._linears)[1]), params, hidden[0])
+    return self._order[key]
 
   def collect(self, params, hidden, dense_params=None, beside=None, *, only=None, advance=False):
     """(names, Inputs) of each input, over all batches; with `advance` the batches become the block's outputs."""
@@ -221,8 +224,12 @@ class _Stream:
     for i, x in enumerate(hidden):
       dense = None if beside is None else (dense_params, beside[i])
       if total is None:
-        shapes = jax.eval_shape(lambda: self._one_batch(params, x, dense, None, only=only, advance=False)[1])
-        total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        key = _signature((params, x, dense)), only
+        if key not in self._shapes:
+          self._shapes[key] = jax.eval_shape(
+            lambda: self._one_batch(params, x, dense, None, only=only, advance=False)[1]
+          )
+        total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._shapes[key])
       output, total, some = self._step(params, x, dense, total, only=only, advance=advance)
       probes.append(some)
       if advance:
@@ -287,6 +294,11 @@ def _weights(params: Any, names: Sequence[str]) -> dict[str, jax.Array]:
 def _exchange(params: Any, new: Mapping[str, Any]) -> Any:
   """The tree with other leaves in the places of those names."""
   return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_tree.leaf_name(path), leaf), params)
+
+
+def _signature(tree: Any) -> tuple[Any, ...]:
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 @jax.jit
