@@ -69,11 +69,11 @@ def prune_lm(
     FloatingPointError: activations, losses or weights that are not finite.
   """
   check_fields(config)
-  structure = create_structure(config.structure)
-  pruner = pruners.create(config.method, structure, config.sparsity, config.ridge)
+  pruner = create_pruner(config)
+  model = model or language_models.load(config.model, config.data_dir, config.dtype)
+  pruner.check(model.params["blocks"], llama.LINEARS)
   workdir = pathlib.Path(workdir).expanduser().resolve()
   workdir.mkdir(parents=True, exist_ok=True)
-  model = model or language_models.load(config.model, config.data_dir, config.dtype)
   if rows is None:
     rows = text_rows.load(model.tokenizer, config.length, config.data_dir or None, training=config.repair.steps > 0)
   evaluate = _Evaluation(model.config, rows, config.batch_size)
@@ -104,10 +104,10 @@ def prune_lm(
       del same
     del dense
 
-  compressed = compress(params, masks, structure, config.quantize)
+  compressed = compress(params, masks, pruner.structure, config.quantize)
   report.storage(params, compressed)
   report.file_bytes = language_models.save(workdir / "model", model._replace(params=compressed))
-  if isinstance(structure, js.NM):
+  if isinstance(pruner.structure, js.NM):
     # What was saved, as it was saved; every linear layer through nm_matmul, which takes no dense weight.
     saved = language_models.load(workdir / "model").params
     evaluate(report, "compressed", saved, language_models.sparse_product)
@@ -174,14 +174,15 @@ def compress(params: dict[str, Any], masks: list[dict[str, jax.Array]], structur
   return jax.tree.map(lambda leaf: quantise(leaf) if is_sparse(leaf) else leaf, tree, is_leaf=is_sparse)
 
 
-def create_structure(config: ConfigDict) -> Any:
-  """FixedFanIn, Unstructured, NM or Block, with its arguments."""
-  arguments = config.to_dict()
+def create_pruner(config: ConfigDict) -> pruners.Pruner:
+  """The method with its structure: FixedFanIn, Unstructured, NM or Block, and its arguments."""
+  arguments = config.structure.to_dict()
   name = arguments.pop("name")
   known = ("FixedFanIn", "Unstructured", "NM", "Block")
   if name not in known:
     raise ValueError(f"config.structure.name is {name!r}; allowed are {', '.join(known)}.")
-  return getattr(js, name)(**arguments)
+  method = config.method.to_dict()
+  return pruners.Pruner(method.pop("name"), getattr(js, name)(**arguments), config.sparsity, method, config.ridge)
 
 
 def check_fields(config: ConfigDict) -> None:

@@ -53,6 +53,12 @@ class Pruner:
     """Whether Gram matrices are needed."""
     return self.name in _WITH_GRAM or bool(self.arguments.get("refit"))
 
+  def check(self, blocks: Sequence[Mapping[str, jax.Array]], linears: Sequence[str]) -> None:
+    """ValueError, naming the layer, where the structure and the sparsity do not fit."""
+    for i, block in enumerate(blocks):
+      for name in linears:
+        calibration.keep_units(self.structure, block[name].shape, self.sparsity, f"blocks/{i}/{name}")
+
   def callback(self, sparsities: Sequence[float] | None = None) -> Callable:
     """The `prune` of `prune_blocks`.
 
@@ -85,18 +91,6 @@ class Pruner:
       )
     ends = list(itertools.accumulate(part.shape[-1] for part in weights))[:-1]
     return list(zip(jnp.split(pruned, ends, -1), jnp.split(mask, ends, -1)))
-
-
-def create(
-  method: Mapping[str, Any], structure: structures.AbstractStructure, sparsity: float | None, ridge: float | None
-) -> Pruner:
-  """A `Pruner` from a configuration: `name` and the arguments of that method.
-
-  Raises:
-    ValueError: unknown names, or a ridge for a method that fits nothing.
-  """
-  arguments = dict(method)
-  return Pruner(arguments.pop("name", ""), structure, sparsity, arguments, ridge)
 
 
 def magnitude(w, statistics, structure, keep):
