@@ -4,6 +4,11 @@ from jaxsparse.calibration._alps import alps
 from jaxsparse.calibration._dsnot import dsnot
 from jaxsparse.calibration._gram import corrected_target
 from jaxsparse.calibration._gram import reconstruction_error
+from jaxsparse.calibration._gptq import Quantized
+from jaxsparse.calibration._gptq import gptq
+from jaxsparse.calibration._order import Orthogonality
+from jaxsparse.calibration._order import orthogonality_report
+from jaxsparse.calibration._order import sparsify_and_quantize
 from jaxsparse.calibration._owl import outlier_ratio
 from jaxsparse.calibration._owl import owl_sparsities
 from jaxsparse.calibration._refit import refit
