@@ -119,19 +119,10 @@ def sparsegpt(w, statistics, structure, keep, *, damping=0.01, block=128):
   return calibration.sparsegpt(w, statistics.gram, structure, keep, damping=damping, block=block)[:2]
 
 
-def alps(w, statistics, structure, keep, *, damping=0.01, rho=0.1, growth=1.0, iterations=300, refit_iterations=10):
+def alps(w, statistics, structure, keep, *, damping=0.01, growth=2.0, levels=8, every=8, refit_iterations=10):
   """Support and weights together."""
-  return calibration.alps(
-    w,
-    statistics.gram,
-    structure,
-    keep,
-    damping=damping,
-    rho=rho,
-    growth=growth,
-    iterations=iterations,
-    refit_iterations=refit_iterations,
-  )[:2]
+  arguments = dict(damping=damping, growth=growth, levels=levels, every=every, refit_iterations=refit_iterations)
+  return calibration.alps(w, statistics.gram, structure, keep, **arguments)[:2]
 
 
 METHODS = {method.__name__: method for method in (magnitude, wanda, dsnot, sparsegpt, alps)}
