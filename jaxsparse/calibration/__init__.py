@@ -17,6 +17,11 @@ from jaxsparse.calibration._scores import prune
 from jaxsparse.calibration._scores import wanda_scores
 from jaxsparse.calibration._selection import keep_units
 from jaxsparse.calibration._selection import select
+from jaxsparse.calibration._sequential import Inputs
+from jaxsparse.calibration._sequential import PrunedBlock
+from jaxsparse.calibration._sequential import collect
+from jaxsparse.calibration._sequential import prune_blocks
+from jaxsparse.calibration._sequential import stream_statistics
 from jaxsparse.calibration._sketch import QuantileSketch
 from jaxsparse.calibration._sketch import quantile
 from jaxsparse.calibration._sparsegpt import Pruned
