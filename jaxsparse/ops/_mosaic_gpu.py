@@ -295,20 +295,25 @@ def wgmma(accumulator, a, b, *, a_transposed: bool, b_transposed: bool, swizzle:
   return _fragments.optimization_barrier(result._value).to_layout(_fragments.WGMMA_LAYOUT)
 
 
-def fetch_add(counter, place, predicate):
+def fetch_add(counter, place, predicate, cluster: int = 1):
   """One thread adds 1 to an i32 in device memory and stores what was there before to shared memory; nobody waits for it.
 
   Args:
     counter: byte address in device memory, i64.
     place: byte address in shared memory, i32.
     predicate: i1, which thread.
+    cluster: blocks of a cluster; the first of them fetches for all, each of which gets it at its `place`.
   """
   flag = arith.extui(ir.IntegerType.get_signless(32), predicate)
-  ptx = (
-    "{ .reg .pred p; .reg .u32 v; setp.ne.u32 p, $2, 0; "
-    "@p atom.global.add.u32 v, [$0], 1; @p st.shared.u32 [$1], v; }"
-  )
-  inline_ptx(ptx, [counter, place, flag], "l,r,r")
+  fetch = "@p atom.global.add.u32 v, [$0], 1; "
+  if cluster == 1:
+    ptx = "setp.ne.u32 p, $2, 0; " + fetch + "@p st.shared.u32 [$1], v; "
+  else:
+    ptx = "mov.u32 a, %cluster_ctarank; setp.eq.u32 p, a, 0; setp.ne.and.u32 p, $2, 0, p; " + fetch
+    for member in range(cluster):
+      ptx += f"@p mapa.shared::cluster.u32 a, $1, {member}; @p st.shared::cluster.u32 [a], v; "
+    ptx += "fence.acq_rel.cluster; "
+  inline_ptx("{ .reg .pred p; .reg .u32 v, a; " + ptx + "}", [counter, place, flag], "l,r,r")
 
 
 def halves_of_rows(ref, halves, depth: int, dtype, *, transposed: bool, swizzle: int):

@@ -123,11 +123,15 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
   shared, own = max(1, tunings.TILE // size), max(1, _ROWS // size)  # block columns of a list, of a warpgroup
   tiles_of_list = max(1, size // tunings.TILE)
   lists = -(-outputs // max(size, tunings.TILE))
-  groups, across = lists * tiles_of_list, pl.cdiv(batch, t.tile_b)
+  # Neighbours along B may form a cluster: what one loads of w all of them get. The interpreter knows no such copies.
+  cluster = t.cluster if interpret is None else 1
+  groups, across = lists * tiles_of_list, pl.cdiv(batch, t.tile_b * cluster)
   work = groups * across * t.split_k
-  threads = min(work, mg.sm_count() if interpret is None else 2)  # blocks of threads
+  threads = min(work, mg.sm_count() // cluster if interpret is None else 2)  # clusters, or blocks of threads
   fetches = work > threads
-  fetch_base = threads  # the first tiles are handed out by index
+  # The first tiles are handed out by index, but not all clusters may run at once.
+  first_fetched = fetches and cluster > 1
+  fetch_base = 0 if first_fetched else threads
 
   step = min(depth, 64)  # of the sum, to a pipeline step
   row = 64 if bk % 64 == 0 and bo % 64 == 0 else 32  # entries to a row of shared memory; equal for both operands
@@ -150,6 +154,11 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
     warpgroup = lax.axis_index("warpgroup")
     div, rem = lambda a, b: lax.div(a, jnp.int32(b)), lambda a, b: lax.rem(a, jnp.int32(b))
 
+    def arrive(barrier):
+      if cluster > 1:  # there, one thread signals for its warpgroup
+        synchronize()
+      plgpu.barrier_arrive(barrier)
+
     def tile_of(item):
       """(part of the list, list, tile of the list, first row of x, first entry, one past the last)."""
       part, item = div(item, groups * across), rem(item, groups * across)
@@ -169,6 +178,8 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
       which = order[div(at, tiles_of_list)]
       first, length = starts[which], starts[which + 1] - starts[which]
       lo, hi = (first + div(length * p, t.split_k) for p in (part, part + 1))
+      if cluster > 1:
+        b = b * cluster + lax.axis_index("member")
       return part, which, rem(at, tiles_of_list), b * t.tile_b, lo, hi
 
     def tiles(body, following):
@@ -181,31 +192,39 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
         count = body(i, tile_of(item), count)
         return i + 1, read(), count
 
-      first = (jnp.int32(0), lax.axis_index("block"), jnp.int32(0))
+      item = lax.axis_index("block")
       if not fetches:  # a tile for everybody: nothing to wait for
-        return one(first)[2]
-      return lax.while_loop(lambda carry: carry[1] < work, one, first)[2]
+        return body(jnp.int32(0), tile_of(item), jnp.int32(0))
+      start = jnp.int32(0)
+      if first_fetched:
+        publish, read = following(start, item)
+        publish()
+        start, item = start + 1, read()
+      return lax.while_loop(lambda carry: carry[1] < work, one, (start, item, jnp.int32(0)))[2]
+
+    def read_at(slot):
+      plgpu.barrier_wait(fetched.at[slot])
+      item = queue[slot] + fetch_base
+      arrive(taken.at[slot])
+      return item
 
     def load_tiles():
+      if fetches:
+        for slot in range(_QUEUE):
+          arrive(taken.at[slot])
+
       def following(i, item):
         slot = rem(i, _QUEUE)
 
         def publish():
-          if fetches:
-            plgpu.barrier_wait(taken.at[slot])
-            if interpret is None:
-              fetch(counter, queue.at[slot])
-            else:
-              queue[slot] = item + threads - fetch_base
-            plgpu.barrier_arrive(fetched.at[slot])
+          plgpu.barrier_wait(taken.at[slot])
+          if interpret is None:
+            fetch(counter, queue.at[slot])
+          else:
+            queue[slot] = item + threads - fetch_base
+          arrive(fetched.at[slot])
 
-        def read():
-          if not fetches:
-            return item
-          plgpu.barrier_wait(fetched.at[slot])
-          return queue[slot] + fetch_base
-
-        return publish, read
+        return publish, lambda: read_at(slot)
 
       def tile(i, at, count):
         part, which, sub, b, lo, hi = at
@@ -215,7 +234,8 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
           slot_of = [slots[e * shared + j] for j in range(shared)]
 
           def load(barrier, source, target, j):
-            copy = lambda: plgpu.copy_gmem_to_smem(source, target, barrier)
+            axes = "member" if cluster > 1 else None
+            copy = lambda: plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=axes)
             if shared == 1:
               return copy()
             pl.when(slot_of[j] < capacity)(copy)
@@ -254,23 +274,13 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
 
     def multiply_tiles():
       for slot in range(t.stages):  # every slot is free at first
-        plgpu.barrier_arrive(empty.at[slot])
+        arrive(empty.at[slot])
       if fetches:
         for slot in range(_QUEUE):
-          plgpu.barrier_arrive(taken.at[slot])
+          arrive(taken.at[slot])
 
       def following(i, item):
-        slot = rem(i, _QUEUE)
-
-        def read():
-          if not fetches:
-            return item
-          plgpu.barrier_wait(fetched.at[slot])
-          item_after = queue[slot] + fetch_base
-          plgpu.barrier_arrive(taken.at[slot])
-          return item_after
-
-        return lambda: None, read
+        return lambda: None, lambda: read_at(rem(i, _QUEUE))
 
       def tile(i, at, count):
         part, which, sub, b, lo, hi = at
@@ -288,7 +298,7 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
             else:
               multiply = lambda a, w_ref=w_ref, x_ref=x_ref: partial_product(a, present, w_ref, x_ref)
               accumulator = lax.cond(functools.reduce(jnp.logical_or, present), multiply, lambda a: a, accumulator)
-            plgpu.barrier_arrive(empty.at[slot])
+            arrive(empty.at[slot])
             count += 1
           return count, accumulator
 
@@ -325,7 +335,7 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
           )
 
     if interpret is None:
-      fetch = _fetch()
+      fetch, synchronize = _fetch(cluster), plgpu.inline_mgpu()(lambda _: mg.warpgroup_barrier())
       if own > 1:
         partial_product = _product_in_halves(t.tile_b, step, transposed, swizzle, row_transforms, x.dtype)
       else:
@@ -355,11 +365,16 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
       multiply_tiles()
 
   parts = (t.split_k,) if t.split_k > 1 else ()
+  shared_barrier, clusters = plgpu.Barrier, {}
+  if cluster > 1:
+    shared_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
+    clusters = dict(cluster=(cluster,), cluster_names=("member",))
   return plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((*parts, batch, outputs), out_dtype),
     grid=(threads,),
     grid_names=("block",),
+    **clusters,
     num_threads=_WARPGROUPS + 1,
     thread_name="warpgroup",
     compiler_params=mg.COMPILER_PARAMS,
@@ -371,23 +386,23 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
       ),
       queue=plgpu.SMEM((_QUEUE,), jnp.int32),
       full=plgpu.Barrier(num_arrivals=x_copies + _WARPGROUPS * w_copies, num_barriers=t.stages),
-      empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=t.stages),
-      fetched=plgpu.Barrier(num_arrivals=1, num_barriers=_QUEUE),
-      taken=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_QUEUE),
+      empty=shared_barrier(num_arrivals=_WARPGROUPS, num_barriers=t.stages),
+      fetched=shared_barrier(num_arrivals=1, num_barriers=_QUEUE),
+      taken=shared_barrier(num_arrivals=_WARPGROUPS + 1, num_barriers=_QUEUE),
     ),
     interpret=interpret,
     kernel_name="block_matmul_transposed" if transposed else "block_matmul",
   )
 
 
-def _fetch():
-  """`(counter, place)`: one thread takes a number from a counter in device memory and puts it into shared memory."""
+def _fetch(cluster):
+  """`(counter, place)`: one thread takes a number from a counter in device memory, for all shared memories of a cluster."""
 
   def fetch(_, counter, place):
     first = mg.arith.cmpi(
       mg.arith.CmpIPredicate.eq, mg.arith.andi(mg.thread_index(), mg.const32(mg.WARPGROUP - 1)), mg.const32(0)
     )
-    mg.fetch_add(mg.global_address(counter), mg.shared_address(place), first)
+    mg.fetch_add(mg.global_address(counter), mg.shared_address(place), first, cluster)
 
   return mg.plgpu.inline_mgpu(arg_types=(mg.plgpu.RefType(), mg.plgpu.RefType()))(fetch)
 

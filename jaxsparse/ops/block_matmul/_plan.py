@@ -38,9 +38,6 @@ class Plan(NamedTuple):
     heavy: `[16]`, at j how many lists hold more than 2**-j of all entries.
     units: `[2 * lists]`, where blocks are narrower than a tile: which 64 columns of the result each half of a tile is. The
       last one may lie outside of the result.
-    items: `[I, 2]` of (list, first entry): the lists in pieces of equal length, for the sampled product, in an order in
-      which neighbours share rows and columns.
-    num_items: `[1]`, how many of them there are.
   """
 
   minor: Any
@@ -49,16 +46,23 @@ class Plan(NamedTuple):
   order: Any
   heavy: Any
   units: Any
-  items: Any
-  num_items: Any
 
 
 class Plans(NamedTuple):
-  """What the three products of a layer need: `x @ w`, `dy @ w.T`, and `x.T @ dy` at the kept blocks."""
+  """What the three products of a layer need: `x @ w`, `dy @ w.T`, and `x.T @ dy` at the kept blocks.
+
+  Attributes:
+    forward: lists of block columns.
+    transposed: lists of block rows.
+    items: `[I, 2]`, int32, of (list, first entry): the lists of `transposed` in pieces of equal length, for the sampled
+      product, in an order in which neighbours share rows and columns.
+    num_items: `[1]`, int32, how many of them there are.
+  """
 
   forward: Plan
   transposed: Plan
-  sampled: Plan
+  items: Any
+  num_items: Any
 
 
 def plans_of(w: _block_array.BlockArray) -> Plans:
@@ -80,13 +84,8 @@ def _plans(rows, cols, grid, block_shape):
   return _make(jnp, rows, cols, grid, block_shape)
 
 
-def sampled_rows(bk: int) -> int:
-  """Rows of w to a tile of the sampled product: one wgmma for each of two warpgroups where blocks are that high."""
-  return 128 if bk >= 128 else 64
-
-
 def sampled_entries(bo: int) -> int:
-  """Entries of a list that a tile of the sampled product takes."""
+  """Entries of a list of block rows that a tile of the sampled product takes."""
   return max(1, SAMPLED_COLUMNS // bo)
 
 
@@ -106,24 +105,19 @@ def heavy_level(across: int, threads: int) -> int:
 def _make(xp, rows, cols, grid, block_shape) -> Plans:
   (block_rows, block_cols), (bk, bo) = grid, block_shape
   live = cols < block_cols
-  make = functools.partial(_plan, xp, live, piece=sampled_entries(bo))
-  return Plans(
-    forward=make(rows, block_rows, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo)),
-    transposed=make(cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk)),
-    sampled=make(cols, block_cols, *_neighbours(xp, rows, block_rows, max(1, sampled_rows(bk) // bk))),
-  )
-
-
-def _neighbours(xp, major, majors, shared):
-  """(lists, S, units, list of every block, place of every block in its list): S neighbours to a list."""
-  lists = -(-majors // shared)
-  return lists, shared, xp.arange(2 * lists), major // shared, major % shared
+  forward = _plan(xp, live, rows, block_rows, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
+  transposed = _plan(xp, live, cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
+  items, num_items = _items(xp, transposed, block_cols, sampled_entries(bo))
+  return Plans(forward, transposed, items, num_items)
 
 
 def _tiles(xp, live, major, majors, minor, minors, size):
-  """As `_neighbours`, for tiles of `TILE`: units of 64 are put together so that they share rows."""
+  """(lists, S, units, list of every block, place of every block in its list) of tiles of `TILE`.
+
+  Units of 64 are put together so that they share rows.
+  """
   if size >= TILE:
-    return _neighbours(xp, major, majors, 1)
+    return majors, 1, xp.arange(2 * majors), major, xp.zeros_like(major)
   own = max(1, UNIT // size)
   units = -(-majors // own)
   unit = xp.where(live, major // own, units)
@@ -167,7 +161,7 @@ def _matching(xp, used):
   return xp.where(left, partner, mate)
 
 
-def _plan(xp, live, minor, minors, lists, shared, units, list_of, place, *, piece) -> Plan:
+def _plan(xp, live, minor, minors, lists, shared, units, list_of, place) -> Plan:
   """The plan of lists of `shared` block columns each, in NumPy or JAX."""
   capacity = minor.shape[0]
   key = xp.where(live, list_of * minors + minor, lists * minors).astype(np.int32)
@@ -184,7 +178,6 @@ def _plan(xp, live, minor, minors, lists, shared, units, list_of, place, *, piec
   longest = xp.argsort(-counts, stable=True)
   share = counts / xp.maximum(counts.sum(), 1)
   heavy = (share > 0.5 ** xp.arange(_HEAVY_LEVELS)[:, None]).sum(1)
-  items, num_items = _items(xp, counts, starts, minors_of, minors, piece)
   as32 = lambda a: xp.asarray(a).astype(np.int32)
   return Plan(
     minor=as32(minors_of),
@@ -193,13 +186,13 @@ def _plan(xp, live, minor, minors, lists, shared, units, list_of, place, *, piec
     order=as32(longest),
     heavy=as32(heavy),
     units=as32(units),
-    items=as32(items),
-    num_items=as32(num_items)[None],
   )
 
 
-def _items(xp, counts, starts, minors_of, minors, piece):
+def _items(xp, plan, minors, piece):
   """Pieces of lists as (list, first entry), and how many there are."""
+  starts, minors_of = plan.starts, plan.minor
+  counts = starts[1:] - starts[:-1]
   lists, capacity = counts.shape[0], minors_of.shape[0]
   pieces = -(-counts // piece)
   ends = xp.cumsum(pieces)
@@ -211,7 +204,8 @@ def _items(xp, counts, starts, minors_of, minors, piece):
   stripes = xp.maximum(1, xp.round((ends[-1] / _SMS) ** 0.5)).astype(np.int32)
   stripe = minors_of[xp.minimum(begin, capacity - 1)] * stripes // minors
   order = xp.argsort(xp.where(item < ends[-1], stripe * lists + of, np.iinfo(np.int32).max), stable=True)
-  return xp.stack([of, begin], 1)[order], ends[-1]
+  as32 = lambda a: xp.asarray(a).astype(np.int32)
+  return as32(xp.stack([of, begin], 1)[order]), as32(ends[-1])[None]
 
 
 def _scatter(xp, fill, size, at, values):

@@ -21,6 +21,7 @@ class Tuning:
     stages: pipeline steps in shared memory.
     split_k: parts of every list of blocks that are computed apart and then added.
     grid_width: tiles along B that are visited for all block columns before the next ones.
+    cluster: tiles along B that are computed side by side and share what is loaded of w: 1, 2 or 4.
     epilogue_n: rows of x stored at a time; 0 for a default.
     epilogue_slots: stores in flight for each warpgroup.
 
@@ -32,6 +33,7 @@ class Tuning:
   stages: int = 4
   split_k: int = 1
   grid_width: int = 4
+  cluster: int = 1
   epilogue_n: int = 0
   epilogue_slots: int = 2
 
@@ -44,6 +46,8 @@ class Tuning:
       raise ValueError(f"{self} needs epilogue_n to be a positive multiple of 8.")
     if min(self.stages, self.split_k, self.grid_width, self.epilogue_slots) < 1 or self.stages > 32:
       raise ValueError(f"{self} needs stages in [1, 32], and split_k, grid_width and epilogue_slots of at least 1.")
+    if self.cluster not in (1, 2, 4):
+      raise ValueError(f"{self} needs a cluster of 1, 2 or 4.")
     if self.shared_bytes() > SHARED_BYTES:
       raise ValueError(f"{self} needs {self.shared_bytes()} bytes of shared memory; there are {SHARED_BYTES}.")
 
