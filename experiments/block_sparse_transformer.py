@@ -4,9 +4,9 @@
 
 RigL on blocks: every 100 steps the blocks of the smallest sums of |weight| give their place to those with the largest sums of
 |gradient|. Weights, gradients and moments of the MLPs hold the kept blocks only, and all products of a step but one in 100
-are block-sparse. A chunk of 100 steps is one program; it is compiled once, masks change inside of it. Data and the
-dense rest of the model are those of char_transformer.py, in which layers are stacked; here they are a list, since stacked
-layers are not stored compactly.
+are block-sparse. A step that changes the masks and the 99 after it are one program; it is compiled once. Data and the dense
+rest of the model are those of char_transformer.py. There, layers are stacked; here they are a list, since stacked layers
+are not stored compactly, and are stacked in every step, so that kernels are compiled for one layer.
 """
 
 import concurrent.futures
@@ -59,8 +59,8 @@ def loss(params: Any, windows: jax.Array, config: llama.Config) -> jax.Array:
   params = jax.tree.map(narrow, params, is_leaf=lambda p: isinstance(p, js.BlockArray))
   # A product, not a lookup: the gradient of a lookup would be summed up in bfloat16.
   x = jax.nn.one_hot(windows[:, :-1], len(params["embedding"]), dtype=jnp.bfloat16) @ params["embedding"]
-  for layer in params["layers"]:
-    x = llama.block(layer, x, config, product)
+  layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
+  x, _ = jax.lax.scan(lambda x, layer: (llama.block(layer, x, config, product), None), x, layers)
   logits = llama.rms_norm(x, params["norm"]) @ params["embedding"].T
   return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), windows[:, 1:]).mean()
 
@@ -128,14 +128,10 @@ def make_chunk(updater: js.Updater, config: llama.Config):
     return (optax.apply_updates(params, updates), state, key), value
 
   def chunk(carry, text):
-    steps = _EVERY.value
-    losses = []
-    if sparse:
-      ordinary = lambda carry: step(carry, None, text)
-      carry, value = jax.lax.cond(updater.due(carry[1]), lambda c: refresh(c, text), ordinary, carry)
-      losses, steps = [value[None]], steps - 1
-    carry, rest = jax.lax.scan(functools.partial(step, text=text), carry, length=steps)
-    return carry, jnp.concatenate([*losses, rest]).mean()
+    # When masks have found their place this is a step like any other.
+    carry, first = refresh(carry, text) if sparse else step(carry, None, text)
+    carry, rest = jax.lax.scan(functools.partial(step, text=text), carry, length=_EVERY.value - 1)
+    return carry, (first + rest.sum()) / _EVERY.value
 
   return start, chunk
 

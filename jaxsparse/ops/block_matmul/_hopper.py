@@ -101,18 +101,21 @@ def block_matmul_hopper(
     depth, size = w.block_shape[::-1] if transposed else w.block_shape
     # Narrower blocks share a tile; at low density they share few rows.
     blocks *= min(max(1, tunings.TILE // size), 1 / max(w.density, 1e-9))
-    tuning = tunings.best_tuning(x.shape[0], outputs, blocks, depth, w.density)
+    tuning = tunings.best_tuning(x.shape[0], outputs, blocks, depth, size, w.density)
   parts_dtype = out_dtype if tuning.split_k == 1 else jnp.dtype(jnp.float32)
-  run = _build(tuning, x, w, outputs, transposed, parts_dtype, interpret)
-  lists = (plan.minor, plan.slots, plan.starts, plan.order, plan.heavy, plan.units)
-  # Taken by the blocks of threads as they finish; a fresh zero in every call.
-  counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-  y = run(x, w.blocks, *(jnp.asarray(a) for a in lists), counter)
+  run, fetches = _build(tuning, x, w, outputs, transposed, parts_dtype, interpret)
+  lists = [jnp.asarray(a) for a in (plan.minor, plan.slots, plan.starts, plan.order, plan.heavy, plan.units)]
+  # From which blocks of threads take their tiles; a fresh zero in every call. Where each has one tile, nobody asks.
+  counter = jax.new_ref(jnp.zeros((1,), jnp.int32)) if fetches else lists[0]
+  y = run(x, w.blocks, *lists, counter)
   return y if tuning.split_k == 1 else y.sum(0).astype(out_dtype)  # parts in a fixed order: the same bits every time
 
 
 def _build(t, x, w, outputs, transposed, out_dtype, interpret):
-  """The kernel for these shapes: takes x, blocks and a plan, gives `[B, outputs]`, or `[split_k, B, outputs]` parts."""
+  """The kernel for these shapes, and whether it takes tiles from a counter.
+
+  The kernel takes x, blocks, a plan and the counter, and gives `[B, outputs]`, or `[split_k, B, outputs]` parts.
+  """
   pl, plgpu = mg.pl, mg.plgpu
   batch = x.shape[0]
   capacity, bk, bo = w.blocks.shape
@@ -369,7 +372,7 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
   if cluster > 1:
     shared_barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
     clusters = dict(cluster=(cluster,), cluster_names=("member",))
-  return plgpu.kernel(
+  run = plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((*parts, batch, outputs), out_dtype),
     grid=(threads,),
@@ -393,15 +396,18 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
     interpret=interpret,
     kernel_name="block_matmul_transposed" if transposed else "block_matmul",
   )
+  return run, fetches
 
 
 def _fetch(cluster):
   """`(counter, place)`: one thread takes a number from a counter in device memory, for all shared memories of a cluster."""
 
+  # Where nobody has to be told by the warp that issues copies, another one waits for the counter.
+  thread = 0 if cluster > 1 else 32
+
   def fetch(_, counter, place):
-    first = mg.arith.cmpi(
-      mg.arith.CmpIPredicate.eq, mg.arith.andi(mg.thread_index(), mg.const32(mg.WARPGROUP - 1)), mg.const32(0)
-    )
+    in_warpgroup = mg.arith.andi(mg.thread_index(), mg.const32(mg.WARPGROUP - 1))
+    first = mg.arith.cmpi(mg.arith.CmpIPredicate.eq, in_warpgroup, mg.const32(thread))
     mg.fetch_add(mg.global_address(counter), mg.shared_address(place), first, cluster)
 
   return mg.plgpu.inline_mgpu(arg_types=(mg.plgpu.RefType(), mg.plgpu.RefType()))(fetch)

@@ -249,5 +249,6 @@ def _product(swizzle, transforms):
     return mg.wgmma(accumulator, x_ref, dy_ref, a_transposed=True, b_transposed=False, swizzle=swizzle)
 
   return plgpu.inline_mgpu(
-    arg_types=(WGMMA, ref, ref), return_type=plgpu.ShapeDtypeStruct((_ROWS, _plan.SAMPLED_COLUMNS), jnp.float32, layout=WGMMA)
+    arg_types=(WGMMA, ref, ref),
+    return_type=plgpu.ShapeDtypeStruct((_ROWS, _plan.SAMPLED_COLUMNS), jnp.float32, layout=WGMMA),
   )(product)
