@@ -187,18 +187,21 @@ def main(argv):
     prepare, config=config, text=text, windows=jnp.asarray(windows), vocabulary=len(corpus.alphabet)
   )
   densities = [1.0, *map(float, _DENSITIES.value)]
+  began = time.monotonic()
   with concurrent.futures.ThreadPoolExecutor(len(densities)) as pool:
     runs = list(pool.map(make, densities))
-  found = [train(run, text) for run in runs]
-  for row in found:
+  print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+  found = []
+  for run in runs:
+    found.append(row := train(run, text))
     faster = found[0]["ms a step"] / row["ms a step"]
     print(
       f"density {row['density']:g}: {row['parameters'] / 1e6:.1f} million parameters, {row['ms a step']:.2f} ms a step "
       f"({faster:.2f}x), loss {row['train loss']:.4f} in training, {row['held-out loss']:.4f} held out",
       flush=True,
     )
-  if _OUT.value:
-    pathlib.Path(_OUT.value).write_text(json.dumps(found, indent=1))
+    if _OUT.value:
+      pathlib.Path(_OUT.value).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

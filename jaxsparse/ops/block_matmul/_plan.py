@@ -147,12 +147,19 @@ def _matching(xp, used):
   # Ties are broken in the same way from both sides.
   common = common + ((index[:, None] + index) * 619 + index[:, None] * index * 433) % 1024
   common = xp.where(index[:, None] == index, -1, common)
-  mate = xp.full(n, n)
-  for _ in range(_ROUNDS):
+
+  def match(_, mate):
     free = mate == n
     best = xp.where(free[:, None] & free, common, -1).argmax(1)
     mutual = free & free[best] & (best[best] == index) & (best != index)
-    mate = xp.where(mutual, best, mate)
+    return xp.where(mutual, best, mate).astype(np.int32)
+
+  # One round to a program, however many there are: plans are compiled with every program that changes masks.
+  mate = (
+    functools.reduce(lambda mate, i: match(i, mate), range(_ROUNDS), np.full(n, n, np.int32))
+    if xp is np
+    else (jax.lax.fori_loop(0, _ROUNDS, match, jnp.full(n, n, jnp.int32)))
+  )
   left = mate == n
   order = xp.argsort(~left, stable=True)
   rank = xp.cumsum(left) - 1
