@@ -95,3 +95,26 @@ def in_turn(
       raise RuntimeError(f"{name}: {len(turn)} kernels in {repeats * len(calls)} calls")
     times[name] += [1e3 * sum(turn[i : i + launched]) for i in range(0, len(turn), launched)]
   return {name: statistics.median(found) for name, found in times.items()}
+
+
+def each(calls) -> list[float]:
+  """Microseconds of every `(program, arguments)` of a list, run one after the other; programs need not differ."""
+  calls = list(calls)
+  if jax.default_backend() != "gpu":
+    times = []
+    for program, args in calls:
+      start = time.perf_counter()
+      jax.block_until_ready(program(*args))
+      times.append(1e6 * (time.perf_counter() - start))
+    return times
+  # What `profiler.measure` does for one program.
+  ext = importlib.import_module("jax.experimental.mosaic.gpu.profiler").mosaic_gpu_lib._mosaic_gpu_ext
+  ext._cupti_init()
+  try:
+    jax.block_until_ready([program(*args) for program, args in calls])
+  finally:
+    timings = ext._cupti_get_timings(True)
+  if len(timings) % len(calls):
+    raise RuntimeError(f"{len(timings)} kernels ran in {len(calls)} calls, which cannot be told apart.")
+  size = len(timings) // len(calls)
+  return [1e3 * sum(t for _, t in timings[i : i + size]) for i in range(0, len(timings), size)]
