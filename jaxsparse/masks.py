@@ -1,10 +1,12 @@
 """Trees of masks: their nodes, packing, and masks that come from somewhere else.
 
 A mask tree has the structure of the parameters. Its leaves are bool arrays (True = kept), `PackedMask` where eight
-entries share a byte, and `optax.MaskedNode()` where a leaf is not sparsified.
+entries share a byte, `Positions` where a parameter holds only what is kept, and `optax.MaskedNode()` where a leaf is not
+sparsified.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -35,6 +37,66 @@ class PackedMask:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Positions:
+  """Where the values of a compactly stored parameter lie in the dense weight; no two are equal.
+
+  A value keeps its slot: what is dropped is replaced in place, so slots are in no order.
+
+  Attributes:
+    indices: of `Compact(FixedFanIn(F), (K, O))`, `[F, O]`, the smallest unsigned integers that hold K: the input of each
+      value. Of `Compact(Block((bk, bo)), (K, O))`, int32 `[N]`: block column * (K / bk) + block row; K / bk * O / bo
+      where a slot holds no block.
+    plan: what kernels derive from the indices; () where there is nothing.
+    shape: shape of the parameter, the stored values, static.
+    structure: the `Compact` structure with the dense shape, static.
+  """
+
+  indices: jax.Array
+  plan: Any
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+  structure: Any = dataclasses.field(metadata={"static": True})
+
+  @property
+  def size(self) -> int:
+    """Entries of the dense weight."""
+    return math.prod(self.structure.shape)
+
+  @property
+  def count(self) -> jax.Array:
+    """float32, shape=(): entries of the dense weight that are kept."""
+    if self.indices.ndim == 2:
+      return jnp.float32(self.indices.size)
+    rows, cols = self.structure.view_shape(self.structure.shape)
+    blocks = jnp.sum(self.indices < rows * cols, dtype=jnp.float32)
+    return blocks * math.prod(self.shape[1:])
+
+  def problem(self) -> str:
+    """What is wrong with the indices, in words; "" where they are different places of the dense weight."""
+    rows, cols = self.structure.view_shape(self.structure.shape)
+    fan_in = self.indices.ndim == 2
+    # Slots that hold no block may share their number, one past the last.
+    end = rows if fan_in else rows * cols
+    ordered = jnp.sort(jnp.asarray(self.indices), axis=0)
+    outside = jnp.any(ordered[0] < 0) | jnp.any(ordered[-1] >= (end if fan_in else end + 1))
+    twice = jnp.any((ordered[1:] == ordered[:-1]) & (ordered[1:] < end))
+    if not bool(outside | twice):
+      return ""
+    what = "of an output" if fan_in else "of blocks"
+    return f"the indices {what} must be different numbers in [0, {end})."
+
+  def to_mask(self) -> jax.Array:
+    """bool `[K, O]`, True = kept: as large as the dense weight, so for small ones only."""
+    rows, cols = self.structure.view_shape(self.structure.shape)
+    if self.indices.ndim == 2:
+      units = jnp.zeros((rows, cols), bool).at[self.indices, jnp.arange(cols)].set(True)
+    else:
+      flat = jnp.zeros(rows * cols, bool).at[self.indices].set(True, mode="drop")
+      units = flat.reshape(cols, rows).T
+    return self.structure.from_units(units, self.structure.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class UnsetMask:
   """Stands for a mask that must be given with `set_masks` before training (pruning at initialisation).
 
@@ -42,11 +104,13 @@ class UnsetMask:
     shape: shape of the mask, static.
     owner: the updater, as it prints.
     packed: whether the mask will be stored packed, static.
+    structure: the `Compact` structure of a leaf that needs `Positions`; None where a mask is needed, static.
   """
 
   shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
   owner: str = dataclasses.field(metadata={"static": True})
   packed: bool = dataclasses.field(default=False, metadata={"static": True})
+  structure: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
 def pack(mask: jax.Array) -> PackedMask:
