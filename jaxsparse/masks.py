@@ -62,13 +62,16 @@ class Positions:
     return math.prod(self.structure.shape)
 
   @property
-  def count(self) -> jax.Array:
-    """float32, shape=(): entries of the dense weight that are kept."""
+  def kept_units(self) -> jax.Array:
+    """int32, shape=(): kept entries of a fixed fan-in, or kept blocks."""
     if self.indices.ndim == 2:
-      return jnp.float32(self.indices.size)
-    rows, cols = self.structure.view_shape(self.structure.shape)
-    blocks = jnp.sum(self.indices < rows * cols, dtype=jnp.float32)
-    return blocks * math.prod(self.shape[1:])
+      return jnp.int32(self.indices.size)
+    return jnp.sum(self.indices < math.prod(self.structure.view_shape(self.structure.shape)), dtype=jnp.int32)
+
+  @property
+  def unit_size(self) -> int:
+    """Entries of a unit: 1, or those of a block."""
+    return math.prod(self.shape[1:]) if self.indices.ndim == 1 else 1
 
   def problem(self) -> str:
     """What is wrong with the indices, in words; "" where they are different places of the dense weight."""

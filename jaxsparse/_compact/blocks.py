@@ -53,12 +53,15 @@ def positions(plan: _plan.LeafPlan, indices: jax.Array) -> masks_lib.Positions:
 
 
 def join(values: jax.Array, node: masks_lib.Positions) -> BlockArray:
-  """The BlockArray of values and their Positions; blocks are in the order of slots, not sorted."""
-  return _array(values, node)
+  """The BlockArray of values and their Positions.
+
+  While tracing, blocks stay in the order of slots: products need no other, and sorting would move them in every step.
+  """
+  return _array(values, node) if isinstance(node.indices, jax.core.Tracer) else export(values, node)
 
 
 def _array(values, node):
-  # Past the constructor, which wants sorted positions: products need no order, and sorting would move the blocks.
+  # Past the constructor, which wants sorted positions.
   shape = node.structure.shape
   block_rows = node.structure.view_shape(shape)[0]
   plan = node.plan if node.plan != () else None
