@@ -6,6 +6,7 @@ sparsified.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -79,10 +80,7 @@ class Positions:
     fan_in = self.indices.ndim == 2
     # Slots that hold no block may share their number, one past the last.
     end = rows if fan_in else rows * cols
-    ordered = jnp.sort(jnp.asarray(self.indices), axis=0)
-    outside = jnp.any(ordered[0] < 0) | jnp.any(ordered[-1] >= (end if fan_in else end + 1))
-    twice = jnp.any((ordered[1:] == ordered[:-1]) & (ordered[1:] < end))
-    if not bool(outside | twice):
+    if not bool(_flawed(jnp.asarray(self.indices), end, not fan_in)):
       return ""
     what = "of an output" if fan_in else "of blocks"
     return f"the indices {what} must be different numbers in [0, {end})."
@@ -96,6 +94,14 @@ class Positions:
       flat = jnp.zeros(rows * cols, bool).at[self.indices].set(True, mode="drop")
       units = flat.reshape(cols, rows).T
     return self.structure.from_units(units, self.structure.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _flawed(indices, end, may_be_empty):
+  """Whether an index is named twice, or lies outside of [0, end)."""
+  ordered = jnp.sort(indices, axis=0)
+  outside = jnp.any(ordered[0] < 0) | jnp.any(ordered[-1] >= end + may_be_empty)
+  return outside | jnp.any((ordered[1:] == ordered[:-1]) & (ordered[1:] < end))
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,7 @@
 """Weights with a fixed fan-in as they are stored: kept values, and the input of each."""
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -178,11 +179,16 @@ def check(w: FixedFanInArray) -> None:
 
 def index_problem(indices: Any, inputs: int) -> str:
   """The first output whose indices lie outside of [0, inputs) or are not different, in words; "" where there is none."""
-  ordered = jnp.sort(jnp.asarray(indices), axis=0)
-  bad = (ordered[0] < 0) | (ordered[-1] >= inputs) | (ordered[1:] == ordered[:-1]).any(0)
+  bad = _flawed(jnp.asarray(indices), inputs)
   if not bad.size or not bool(bad.any()):
     return ""
   o = int(jnp.argmax(bad))
   return (
     f"the indices of output {o}, {np.asarray(indices[:8, o]).tolist()}..., are not different numbers in [0, {inputs})"
   )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _flawed(indices, inputs):
+  ordered = jnp.sort(indices, axis=0)
+  return (ordered[0] < 0) | (ordered[-1] >= inputs) | (ordered[1:] == ordered[:-1]).any(0)
