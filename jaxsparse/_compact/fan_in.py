@@ -34,7 +34,7 @@ def draw(plan: _plan.LeafPlan, keep: int, key: jax.Array, gain: float, dtype: An
 
   def chosen(start, width):
     key = jax.random.fold_in(place, start)
-    return (jnp.sort(_distinct(key, keep, jnp.full(width, inputs)), axis=0).astype(dtype_of_indices),)
+    return (jnp.sort(_distinct(key, keep, inputs, width), axis=0).astype(dtype_of_indices),)
 
   indices = _by_chunks(chosen, outputs, keep, ((keep, dtype_of_indices),))[0]
   values = jax.random.normal(fill, (keep, outputs), dtype) * jnp.asarray(gain / keep**0.5, dtype)
@@ -175,23 +175,23 @@ def swap(old, drop, again, new, ranks, swaps, inputs):
 def _absent(key, old, count, inputs):
   """int32 `[count, O]`: different inputs that are not in `old`, drawn uniformly."""
   fan_in, outputs = old.shape
-  ranks = _distinct(key, count, jnp.full(outputs, inputs - fan_in))
+  ranks = _distinct(key, count, inputs - fan_in, outputs)
   # The r-th absent input is r plus the kept ones before it; the j-th kept one has (its index - j) absent ones before it.
   gaps = jnp.sort(old, axis=0) - jnp.arange(fan_in)[:, None]
-  below = lambda i, found: found + (jax.lax.dynamic_index_in_dim(gaps, i, 0) <= ranks)
+  below = lambda i, found: jnp.where(jax.lax.dynamic_index_in_dim(gaps, i, 0) <= ranks, found + 1, found)
   return jax.lax.fori_loop(0, fan_in, below, ranks)
 
 
-def _distinct(key, count, below):
-  """int32 `[count, O]`: different numbers in [0, below), `below` int32 `[O]`, drawn uniformly (Floyd's sampling)."""
+def _distinct(key, count, below, outputs):
+  """int32 `[count, O]`: different numbers in [0, below) for every output, drawn uniformly (Floyd's sampling)."""
 
   def draw(i, drawn):
     last = below - count + i
-    number = jax.random.randint(jax.random.fold_in(key, i), below.shape, 0, last + 1)
-    number = jnp.where(jnp.any(drawn == number, axis=0), last, number)
+    number = jax.random.randint(jax.random.fold_in(key, i), (outputs,), 0, last + 1)
+    number = jnp.where(jnp.any(drawn == number[None], axis=0), last, number)
     return jax.lax.dynamic_update_index_in_dim(drawn, number, i, 0)
 
-  return jax.lax.fori_loop(0, count, draw, jnp.full((count, *below.shape), -1, jnp.int32))
+  return jax.lax.fori_loop(0, count, draw, jnp.full((count, outputs), -1, jnp.int32))
 
 
 def _by_chunks(fn, outputs, rows, out):
