@@ -192,6 +192,7 @@ def check_swaps(is_fan, start, indices, values, adam):
       assert not gone.any() and (now != kept).any()
     else:
       total, swaps = -(-3 * before.size // 10), groups(gone).sum(1)
+      assert new.max() < (12 if is_fan else 20)  # no slot is empty
       # A block that has been dropped may be drawn again, an input not.
       assert swaps.sum() == total and np.ptp(swaps) <= 1 if is_fan else 0 < swaps.sum() <= total
       scores = np.abs(kept) if is_fan else np.abs(kept).sum((1, 2))
