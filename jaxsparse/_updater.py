@@ -5,11 +5,10 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxsparse import _choice
 from jaxsparse import _engine
+from jaxsparse import _instant
 from jaxsparse import _plan
 from jaxsparse import _state
 from jaxsparse import _tree
@@ -257,6 +256,7 @@ class Updater:
     Raises:
       ValueError, TypeError: for a leaf that does not fit its structure; the message names it.
 
+    >>> import jax.numpy as jnp
     >>> import optax
     >>> import jaxsparse as js
     >>> rules = js.Rules(("head", js.Compact(js.FixedFanIn(2), (8, 5))), ("body", None))
@@ -359,7 +359,7 @@ class Updater:
         f"{self!r} scores weights by {type(self.drop).__name__}, which needs gradients: pass loss_fn=(params, batch) "
         f"-> {self.drop.objective if whole_model else 'loss'} and batches=[...] to instant_sparsify."
       )
-    return _instant(self, params, key, loss_fn, list(batches) if batches is not None else [], masks)
+    return _instant.prune(self, params, key, loss_fn, list(batches) if batches is not None else [], masks)
 
   def describe(self, params: Any) -> str:
     """A table of what happens to each leaf: shape, structure, sparsity it ends with, and why."""
@@ -403,72 +403,3 @@ def _map(params, masks, fn):
   return leaves.treedef.unflatten(
     [p if _tree.is_masked_node(m) else fn(p, masks_lib.unpack(m)) for p, m in zip(leaves.values, nodes)]
   )
-
-
-def _instant(updater, params, key, loss_fn, batches, given):
-  """Scores, then one selection at the final counts; several rounds for scorers that ask for them."""
-  leaves = _tree.flatten(params)
-  plans = _plan.make_plan(updater, leaves)
-  key = jax.random.wrap_key_data(_engine.key_data(key), impl="threefry2x32")
-  sparse = [
-    _choice.Leaf(i, plan, leaves.values[i], None, jax.random.fold_in(key, i), {}, (), ())
-    for i, plan in enumerate(plans)
-    if plan.structure is not None
-  ]
-
-  def pruned(masks):
-    values = list(leaves.values)
-    for leaf, mask in zip(sparse, masks):
-      values[leaf.index] = jnp.where(mask, leaf.param, jnp.zeros((), leaf.param.dtype))
-    return leaves.treedef.unflatten(values)
-
-  if given is None:
-    allowed = [jnp.ones(leaf.plan.shape, bool) for leaf in sparse]
-  else:
-    nodes = _tree.match(leaves, given, "masks=")
-    whole = lambda leaf, node: jnp.ones(leaf.plan.shape, bool) if _tree.is_masked_node(node) else node
-    allowed = [jnp.asarray(masks_lib.unpack(whole(leaf, nodes[leaf.index]))) != 0 for leaf in sparse]
-  masks = allowed
-  if isinstance(updater.drop, scorers.AbstractModelScorer):
-    rounds = updater.drop.rounds
-    choose = jax.jit(lambda scores, masks, progress: _choice.select(updater, sparse, scores, masks, progress))
-    for r in range(1, rounds + 1):
-      scores = _tree.flatten(updater.drop.scores(pruned(masks), loss_fn, batches, jax.random.fold_in(key, r))).values
-      progress = (1 - (1 - updater.sparsity) ** (r / rounds)) / updater.sparsity if r < rounds else 1.0
-      masks = choose([scores[leaf.index] for leaf in sparse], masks, jnp.float32(progress))
-  else:
-    sparse = _score_inputs(updater.drop, sparse, params, loss_fn, batches)
-    if given is None:
-      masks = jax.jit(lambda: _choice.choose(updater, sparse, None, jnp.float32(1), jnp.float32(1)))()
-    else:
-      scores = lambda: [updater.drop.score(leaf.drop_state, leaf.inputs) for leaf in sparse]
-      masks = jax.jit(lambda: _choice.select(updater, sparse, scores(), allowed, jnp.float32(1)))()
-  if given is not None:
-    _check_within(sparse, masks, allowed)
-  nodes = [optax.MaskedNode()] * len(plans)
-  for leaf, mask in zip(sparse, masks):
-    nodes[leaf.index] = mask
-  return pruned(masks), leaves.treedef.unflatten(nodes)
-
-
-def _check_within(sparse, masks, allowed):
-  for leaf, mask, may in zip(sparse, masks, allowed):
-    beyond = jnp.any(mask & ~may)
-    if not isinstance(beyond, jax.core.Tracer) and beyond:
-      raise ValueError(
-        f"{leaf.plan.label}: masks= keep {int(may.sum())} of {may.size} weights, but {int(mask.sum())} are to be kept."
-      )
-
-
-def _score_inputs(scorer, sparse, params, loss_fn, batches):
-  """The leaves with the scorer's state over the batches, and the mean gradient, where the scorer uses gradients."""
-  sparse = [leaf._replace(drop_state=scorer.init(leaf.param)) for leaf in sparse]
-  if not scorer.uses_gradient:
-    return sparse
-  grad = jax.jit(jax.grad(loss_fn))
-  for batch in batches:
-    flat = _tree.flatten(grad(params, batch)).values
-    sparse = [leaf._replace(grad=flat[leaf.index]) for leaf in sparse]
-    sparse = [leaf._replace(drop_state=scorer.accumulate(leaf.drop_state, leaf.inputs)) for leaf in sparse]
-  mean = _tree.flatten(scorers.mean_gradient(loss_fn, params, batches)).values
-  return [leaf._replace(grad=mean[leaf.index]) for leaf in sparse]

@@ -93,6 +93,19 @@ def test_round_trip():
   assert w.astype(jnp.float32).dtype == jnp.float32 and "4 of 9 inputs" in repr(w)
 
 
+def test_safetensors(tmp_path):
+  pytest.importorskip("safetensors")
+  _, w, _ = case(12, 7, 4, (5,), jnp.bfloat16)
+  path = tmp_path / "w.safetensors"
+  js.arrays.save_safetensors(path, {"head": w, "bias": jnp.ones(7)})
+  for like in (None, {"head": w, "bias": jnp.ones(7)}):
+    back = js.arrays.load_safetensors(path, like)
+    assert isinstance(back["head"], js.FixedFanInArray) and back["head"].inputs == 12
+    jax.tree.map(np.testing.assert_array_equal, (back["head"].values, back["head"].indices), (w.values, w.indices))
+  with pytest.raises(ValueError, match="'head'"):
+    js.arrays.load_safetensors(path, {"head": jnp.ones((12, 7), jnp.bfloat16), "bias": jnp.ones(7)})
+
+
 @pytest.mark.parametrize("sample", [None, 12])
 def test_candidates_are_the_largest_gradients(sample, monkeypatch):
   """Of absent inputs; in chunks of outputs, the last of which reaches back; a sample of all is all."""
