@@ -12,6 +12,7 @@ EXTRAS = {
   "nn": ["flax>=0.12"],
   "safetensors": ["safetensors>=0.5"],
   "quickstart": ["matplotlib>=3.8", "scikit-learn>=1.4", "tqdm>=4.66"],
+  "language": ["gguf>=0.17", "matplotlib>=3.8", "safetensors>=0.5", "tokenizers>=0.21", "tqdm>=4.66"],
   "lint": ["ruff>=0.12"],
   "experiments": [
     "flax>=0.12",
@@ -31,6 +32,7 @@ EXTRAS["colabs"] = [*EXTRAS["experiments"], "ipykernel>=6.29", "nbclient>=0.10",
 EXTRAS["test"] = [
   *EXTRAS["colabs"],
   *EXTRAS["gpu-compile"],
+  *EXTRAS["language"],
   *EXTRAS["safetensors"],
   "hypothesis>=6.100",
   "pytest>=8.2",

@@ -3,9 +3,14 @@
 Weights are `[in, out]`. Each is a dense array, or anything `jaxsparse.ops.nm_matmul` takes; the queries, keys and values
 are one product, and so are the gate and the up projection. `product` says how a weight is multiplied with: `matmul` for
 finished weights, `prune_matmul` for dense weights that train as 2:4 ones.
+
+A whole language model is a dictionary, as `experiments.llama_files` reads it: `embedding` `[V, D]`, `blocks`, a list of
+dictionaries `attention_norm q k v out mlp_norm gate up down`, `norm` `[D]`, and `head` `[D, V]` where it is not the
+embedding. There, weights that share an input are arrays of their own, and `product` receives them as a tuple.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -27,6 +32,10 @@ class Config:
     head_dim: width of a head.
     hidden: width inside the MLP, F.
     rope_theta: base of the rotary frequencies.
+    layers: number of blocks.
+    vocabulary: number of tokens, V.
+    norm_epsilon: added to the mean square in RMSNorm.
+    tied_embedding: whether the head is the transpose of the embedding.
   """
 
   dim: int = 4096
@@ -35,6 +44,10 @@ class Config:
   head_dim: int = 128
   hidden: int = 14336
   rope_theta: float = 500_000.0
+  layers: int = 32
+  vocabulary: int = 128_256
+  norm_epsilon: float = 1e-5
+  tied_embedding: bool = False
 
   @property
   def qkv_dims(self) -> tuple[int, int, int]:
@@ -42,12 +55,30 @@ class Config:
 
 
 class Layer(NamedTuple):
+  """One block. `qkv` and `gate_up` may be tuples of weights, side by side."""
+
   attention_norm: jax.Array  # [D]
   qkv: Any  # [D, (H + 2 kv_heads) head_dim]
   out: Any  # [H head_dim, D]
   mlp_norm: jax.Array  # [D]
   gate_up: Any  # [D, 2 F]
   down: Any  # [F, D]
+
+
+# The weights of a block of a language model that are matrices, in the order in which they are multiplied with.
+LINEARS = ("q", "k", "v", "out", "gate", "up", "down")
+
+
+def layer_of(block: Mapping[str, Any]) -> Layer:
+  """The `Layer` of one of a language model's blocks."""
+  return Layer(
+    attention_norm=block["attention_norm"],
+    qkv=(block["q"], block["k"], block["v"]),
+    out=block["out"],
+    mlp_norm=block["mlp_norm"],
+    gate_up=(block["gate"], block["up"]),
+    down=block["down"],
+  )
 
 
 def init_layer(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16) -> Layer:
@@ -64,13 +95,15 @@ def init_layer(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16) -> Lay
 
 
 def matmul(x: jax.Array, w: Any) -> jax.Array:
-  """`x @ w` for a dense array, an NMArray or a packed weight."""
+  """`x @ w` for a dense array, an NMArray, a packed weight, or a tuple of them, whose products come side by side."""
+  if isinstance(w, tuple):
+    return jnp.concatenate([matmul(x, part) for part in w], -1)
   return x @ w if isinstance(w, jax.Array) else ops.nm_matmul(x, w)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-5) -> jax.Array:
   wide = x.astype(jnp.float32)
-  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5)).astype(x.dtype) * scale
+  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)).astype(x.dtype) * scale
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -90,18 +123,24 @@ def mlp(gate_up: Any, down: Any, x: jax.Array, product: Callable = matmul) -> ja
 
 def _heads(layer, x, positions, config, product):
   """Queries `[B, T, H, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`."""
-  qkv = product(rms_norm(x, layer.attention_norm), layer.qkv)
+  qkv = product(rms_norm(x, layer.attention_norm, config.norm_epsilon), layer.qkv)
   q, k, v = jnp.split(qkv, [config.qkv_dims[0], sum(config.qkv_dims[:2])], -1)
   q, k, v = (a.reshape(*x.shape[:2], -1, config.head_dim) for a in (q, k, v))
   return rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta), v
 
 
-def block(layer: Layer, x: jax.Array, config: Config, product: Callable = matmul) -> jax.Array:
+def block(
+  layer: Layer,
+  x: jax.Array,
+  config: Config,
+  product: Callable = matmul,
+  attend: Callable = jax.nn.dot_product_attention,
+) -> jax.Array:
   """One layer over whole sequences, causal: `[B, T, D]` -> `[B, T, D]`."""
   q, k, v = _heads(layer, x, jnp.arange(x.shape[1]), config, product)
-  attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  attended = attend(q, k, v, is_causal=True)
   x = x + product(attended.reshape(*x.shape[:2], -1), layer.out)
-  return x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm), product)
+  return x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm, config.norm_epsilon), product)
 
 
 def decode_block(
@@ -132,4 +171,23 @@ def decode_block(
   cache = jax.lax.dynamic_update_slice(cache, written, (0, 0, 0, position, 0))
   q = q.reshape(x.shape[0], config.kv_heads, -1, config.head_dim)  # query heads that share a key head
   x = x + product(attend(q, cache, position).reshape(x.shape[0], -1), layer.out)
-  return cache, x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm), product)
+  return cache, x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm, config.norm_epsilon), product)
+
+
+def apply_block(params: Mapping[str, Any], x: jax.Array, config: Config, product: Callable = matmul) -> jax.Array:
+  """`block` for one of a language model's blocks."""
+  return block(layer_of(params), x, config, product)
+
+
+def embed(params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+  """Tokens `[...]` -> the residual stream before the first block, `[..., D]`."""
+  return params["embedding"][tokens]
+
+
+def logits(params: Mapping[str, Any], x: jax.Array, config: Config) -> jax.Array:
+  """The residual stream after the last block `[..., D]` -> float32 logits of the next token, `[..., V]`."""
+  x = rms_norm(x, params["norm"], config.norm_epsilon)
+  axis = 1 if config.tied_embedding else 0
+  weight = params["embedding"] if config.tied_embedding else params["head"]
+  contract = ((x.ndim - 1,), (axis,)), ((), ())
+  return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)

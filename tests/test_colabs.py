@@ -8,7 +8,7 @@ import pytest
 COLABS = pathlib.Path(__file__).parents[1] / "colabs"
 
 
-@pytest.mark.parametrize("name", ["deep_dive", "quick_start"])
+@pytest.mark.parametrize("name", ["deep_dive", "prune_a_language_model", "quick_start"])
 def test_colab_runs(name, monkeypatch, tmp_path):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the notebook machinery; the notebook's own code runs in another process
@@ -25,7 +25,7 @@ def test_colab_runs(name, monkeypatch, tmp_path):
   assert pictures
 
 
-@pytest.mark.parametrize("name", ["deep_dive", "quick_start"])
+@pytest.mark.parametrize("name", ["deep_dive", "prune_a_language_model", "quick_start"])
 def test_colab_is_stored_without_outputs(name):
   import nbformat
 

