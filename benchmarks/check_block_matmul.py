@@ -32,8 +32,8 @@ _TIMES = flags.DEFINE_bool("times", True, "Time 8192 x 8192 x 8192, and several 
 
 _BLOCKS = ((128, 128), (64, 64), (32, 32), (256, 64), (64, 256), (32, 128), (128, 32), (64, 32), (32, 64))
 _TUNINGS = (
-  tuning.Tuning(256, 4, 1, 1), tuning.Tuning(256, 4, 1, 2), tuning.Tuning(256, 4, 1, 8), tuning.Tuning(256, 4, 1, 32),
-  tuning.Tuning(256, 3, 1, 4), tuning.Tuning(192, 4, 1, 4), tuning.Tuning(128, 6, 1, 4), tuning.Tuning(128, 6, 1, 8),
+  tuning.Tuning(256, 4, 1, 1), tuning.Tuning(256, 4, 1, 8), tuning.Tuning(256, 4, 1, 1, cluster=2),
+  tuning.Tuning(256, 4, 1, 1, cluster=4), tuning.Tuning(256, 3, 1, 1), tuning.Tuning(192, 4, 1, 1),
 )  # fmt: skip
 _LIMIT = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 2e-5}
 
