@@ -111,6 +111,8 @@ def checks():
     yield f"{size}, 1 row", make(k, o, block, 0.2), 1, None
     yield f"{size}, 17 rows", make(k, o, block, 0.2), 17, None
     yield f"{size}, float16", make(k, o, block, 0.2, dtype=jnp.float16), 256, None
+    if big:  # more tiles than multiprocessors: fetched from the counter, by clusters where that pays
+      yield f"{size}, many tiles", make(2048, 4096, block, 0.4), 2500, None
     yield f"{size}, ragged tiles", make(block[0] * 7, block[1] * 5, block, 0.5), 136, None
 
 
