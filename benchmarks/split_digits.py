@@ -1,6 +1,6 @@
 """Continual learning on split digits: five tasks of two classes each, one after the other.
 
-  python benchmarks/split_digits.py [--seeds=5] [--steps=300] [--out=results/split_digits]
+  python benchmarks/split_digits.py [--part=replay --part=task_masks] [--seeds=5] [--steps=300]
 
 Task masks (the task is known at test time): every task draws connections of its own among the unused ones, trains them with
 SET or leaves them as they are, and freezes them; the output layer is each task's own. The first task's logits are compared
