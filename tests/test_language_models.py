@@ -307,7 +307,9 @@ def toy_config(name, **change):
 def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path, monkeypatch):
   monkeypatch.setattr(tokenizer, "load", lambda path: Letters())
   repair_options = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "distill": 1.0, "dense_baseline": False}
-  config = toy_config("smollm2_alps", repair=repair_options, batch_size=4, quantize={"bits": 8, "group": 16})
+  method = {"name": "wanda", "refit": 5}
+  config = toy_config("smollm2_sparsegpt", method=method, ridge=0.1, repair=repair_options, batch_size=4)
+  config.quantize.update({"bits": 8, "group": 16})
   before = jax.tree.map(jnp.copy, model.params)
   report = prune_lm.prune_lm(config, tmp_path, model=model, rows=rows)
   assert same_trees(model.params, before), "the caller's model has changed"
