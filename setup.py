@@ -47,7 +47,10 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["jaxsparse", "jaxsparse.*"]),
-  package_data={"jaxsparse.ops.nm_matmul": ["measured/*.json"]},
+  package_data={
+    "jaxsparse.ops.block_matmul": ["measured/*.json"],
+    "jaxsparse.ops.nm_matmul": ["measured/*.json"],
+  },
   python_requires=">=3.11",
   install_requires=["absl-py>=2.1", "chex>=0.1.90", "jax>=0.10.2", "ml_collections>=1.0", "numpy>=2.0", "optax>=0.2.5"],
   extras_require=EXTRAS,

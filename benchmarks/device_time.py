@@ -1,9 +1,15 @@
-"""Time of one product in a program that repeats it over several weights."""
+"""Time of products on the device: of one program that repeats them, or of several programs that take turns."""
 
+from collections.abc import Callable, Mapping, Sequence
 import importlib
+import statistics
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+_MARK = "atan2"  # of the name of a kernel that parts one program's kernels from the next one's
 
 
 def timer(iterations: int):
@@ -27,3 +33,88 @@ def timer(iterations: int):
     return times
 
   return wall_time
+
+
+def in_turn(
+  programs: Mapping[str, Sequence[Callable[[], Any]]],
+  rounds: int,
+  iterations: int,
+  finish: Callable[[], None] = lambda: None,
+  uneven: Sequence[str] = (),
+) -> dict[str, float]:
+  """Median microseconds a call of each program, on the device (CUPTI); wall clock where there is no GPU.
+
+  Args:
+    programs: name -> calls, one for each copy of its weight; each call launches the same kernels. Every call has run
+      before.
+    rounds: rounds in which all programs take their turn.
+    iterations: calls of a program in a turn, at least; all of its copies are called.
+    finish: waits for what other libraries have launched.
+    uneven: programs whose calls may launch different kernels: the mean of a turn counts.
+
+  Raises:
+    RuntimeError: the profiler lost kernels.
+  """
+  turns = [(name, max(1, -(-iterations // len(calls))), calls) for name, calls in programs.items()] * rounds
+  if jax.default_backend() != "gpu":
+    times = {name: [] for name in programs}
+    for name, repeats, calls in turns:
+      start = time.perf_counter()
+      jax.block_until_ready([call() for _ in range(repeats) for call in calls])
+      times[name].append(1e6 * (time.perf_counter() - start) / (repeats * len(calls)))
+    return {name: statistics.median(found) for name, found in times.items()}
+  profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+  cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+  mark, angle = jax.jit(jnp.arctan2), jnp.ones(1)
+  jax.block_until_ready(mark(angle, angle))
+  cupti._cupti_init()
+  try:
+    for _, repeats, calls in turns:
+      jax.block_until_ready(mark(angle, angle))
+      out = [call() for _ in range(repeats) for call in calls]
+      jax.block_until_ready([a for a in out if isinstance(a, jax.Array)])
+      finish()
+      del out
+  finally:
+    kernels = cupti._cupti_get_timings(True)
+  found = []
+  for name, ms in kernels:
+    if _MARK in name:
+      found.append([])
+    elif found:
+      found[-1].append(ms)
+  if len(found) != len(turns):
+    raise RuntimeError(f"{len(found)} turns of {len(turns)} found among {len(kernels)} kernels")
+  times = {name: [] for name in programs}
+  for (name, repeats, calls), turn in zip(turns, found, strict=True):
+    launched, rest = divmod(len(turn), repeats * len(calls))
+    if name in uneven and turn:
+      times[name].append(1e3 * sum(turn) / (repeats * len(calls)))
+      continue
+    if rest or not launched:
+      raise RuntimeError(f"{name}: {len(turn)} kernels in {repeats * len(calls)} calls")
+    times[name] += [1e3 * sum(turn[i : i + launched]) for i in range(0, len(turn), launched)]
+  return {name: statistics.median(found) for name, found in times.items()}
+
+
+def each(calls) -> list[float]:
+  """Microseconds of every `(program, arguments)` of a list, run one after the other; programs need not differ."""
+  calls = list(calls)
+  if jax.default_backend() != "gpu":
+    times = []
+    for program, args in calls:
+      start = time.perf_counter()
+      jax.block_until_ready(program(*args))
+      times.append(1e6 * (time.perf_counter() - start))
+    return times
+  # What `profiler.measure` does for one program.
+  ext = importlib.import_module("jax.experimental.mosaic.gpu.profiler").mosaic_gpu_lib._mosaic_gpu_ext
+  ext._cupti_init()
+  try:
+    jax.block_until_ready([program(*args) for program, args in calls])
+  finally:
+    timings = ext._cupti_get_timings(True)
+  if len(timings) % len(calls):
+    raise RuntimeError(f"{len(timings)} kernels ran in {len(calls)} calls, which cannot be told apart.")
+  size = len(timings) // len(calls)
+  return [1e3 * sum(t for _, t in timings[i : i + size]) for i in range(0, len(timings), size)]

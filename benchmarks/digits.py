@@ -13,6 +13,7 @@ import pathlib
 
 from absl import app
 from absl import flags
+import digits_mlp
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,6 @@ _STEPS = flags.DEFINE_integer("steps", 2400, "Training steps.")
 _SPARSITY = flags.DEFINE_float("sparsity", 0.98, "Fraction of the kernels' weights that is removed in the end.")
 _OUT = flags.DEFINE_string("out", "results/digits", "Where the JSON and the plot go, without suffix.")
 
-_SIZES = (64, 128, 128, 10)
 _BATCH = 128
 # Each should beat the one before it by more than two standard errors.
 _ORDER = ("static uniform", "static ERK", "SET ERK", "RigL ERK", "GraNet 0.5")
@@ -55,48 +55,20 @@ def _updaters(sparsity: float, steps: int) -> dict[str, js.Updater]:
   }
 
 
-def _load():
-  """(train images, train labels), (test images, test labels); pixels have mean 0 and deviation 1 over the training part."""
-  from sklearn import datasets
-
-  images, labels = datasets.load_digits(return_X_y=True)
-  order = np.random.default_rng(0).permutation(len(labels))
-  train, test = order[:1200], order[1200:]
-  mean, deviation = images[train].mean(), images[train].std()
-  images = ((images - mean) / deviation).astype(np.float32)
-  return tuple((jnp.asarray(images[part]), jnp.asarray(labels[part])) for part in (train, test))
-
-
-def _init_params(key):
-  keys = jax.random.split(key, len(_SIZES) - 1)
-  return {
-    f"dense_{i}": {"kernel": jax.random.normal(k, (a, b)) * math.sqrt(2 / a), "bias": jnp.zeros((b,))}
-    for i, (k, a, b) in enumerate(zip(keys, _SIZES, _SIZES[1:]))
-  }
-
-
-def _logits(params, x):
-  for i in range(len(params)):
-    layer = params[f"dense_{i}"]
-    x = x @ layer["kernel"] + layer["bias"]
-    x = jax.nn.relu(x) if i < len(params) - 1 else x
-  return x
-
-
 def _accuracy_of(updater: js.Updater, steps: int, train, test):
   """seed key -> (test accuracy, kept share of the kernels' weights), one compiled program."""
   images, labels = train
   per_epoch = len(labels) // _BATCH
 
   def loss(params, state, batch):
-    logits = _logits(updater.forward_params(params, state), images[batch])
+    logits = digits_mlp.logits(updater.forward_params(params, state), images[batch])
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
 
   @jax.jit
   def run(key):
     init_key, mask_key, data_key = jax.random.split(key, 3)
     tx = updater.wrap_optax(optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9), key=mask_key)
-    params = _init_params(init_key)
+    params = digits_mlp.init_params(init_key)
     state = tx.init(params)
     params = updater.sparse_params(params, state)
 
@@ -109,7 +81,7 @@ def _accuracy_of(updater: js.Updater, steps: int, train, test):
 
     (params, state), _ = jax.lax.scan(step, (params, state), jnp.arange(steps))
     params, masks = updater.export(params, state)
-    hits = jnp.argmax(_logits(params, test[0]), -1) == test[1]
+    hits = jnp.argmax(digits_mlp.logits(params, test[0]), -1) == test[1]
     kernels = {name: layer["kernel"] for name, layer in params.items()}
     masks = {name: layer["kernel"] for name, layer in masks.items()}
     return 100 * hits.mean(), 1 - js.summarize_sparsity(masks, True, kernels)["_total_sparsity"]
@@ -125,7 +97,7 @@ def _gaps(means: dict[str, float], errors: dict[str, float]):
 
 def main(argv):
   del argv
-  train, test = _load()
+  train, test = digits_mlp.load()
   rows = []
   for name, updater in tqdm.tqdm(_updaters(_SPARSITY.value, _STEPS.value).items()):
     run = _accuracy_of(updater, _STEPS.value, train, test)

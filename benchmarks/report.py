@@ -34,11 +34,13 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
 
 
 def write_json(path: str | pathlib.Path, rows: Sequence[dict[str, Any]], **extra: Any) -> None:
-  """Writes {"environment": ..., "rows": ...} in one piece: a broken run leaves no half file."""
+  """Writes {"environment": ..., "rows": ...}, a row to a line, in one piece: a broken run leaves no half file."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps({"environment": environment(), **extra, "rows": list(rows)}, indent=1))
+  head = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {"environment": environment(), **extra}.items()]
+  lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+  partial.write_text("{\n " + ",\n ".join([*head, f'"rows": [\n{lines}\n ]']) + "\n}\n")
   partial.replace(path)
 
 

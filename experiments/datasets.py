@@ -122,7 +122,7 @@ def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
     "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz (folder data/fashion of the repository "
     "zalandoresearch/fashion-mnist; torchvision keeps the same files in FashionMNIST/raw) into a directory and "
     "pass --config.data_dir=DIRECTORY;\n"
-    "  * without it: the configs/digits_*.py need no files."
+    "  * without it: configs/digits.py needs no files."
   )
 
 

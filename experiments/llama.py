@@ -129,10 +129,16 @@ def _heads(layer, x, positions, config, product):
   return rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta), v
 
 
-def block(layer: Layer, x: jax.Array, config: Config, product: Callable = matmul) -> jax.Array:
+def block(
+  layer: Layer,
+  x: jax.Array,
+  config: Config,
+  product: Callable = matmul,
+  attend: Callable = jax.nn.dot_product_attention,
+) -> jax.Array:
   """One layer over whole sequences, causal: `[B, T, D]` -> `[B, T, D]`."""
   q, k, v = _heads(layer, x, jnp.arange(x.shape[1]), config, product)
-  attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  attended = attend(q, k, v, is_causal=True)
   x = x + product(attended.reshape(*x.shape[:2], -1), layer.out)
   return x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm, config.norm_epsilon), product)
 

@@ -5,6 +5,10 @@ import difflib
 from typing import Any
 
 from flax import linen as nn
+import jax
+import optax
+
+from jaxsparse import recipes
 
 # He's initialisation is derived for ReLU; linen's default has half the variance, which sparse layers feel first.
 _INIT = nn.initializers.he_normal()
@@ -35,6 +39,22 @@ class Cnn(nn.Module):
     for size in self.features:
       x = nn.max_pool(nn.relu(nn.Conv(size, (3, 3), kernel_init=_INIT)(x)), (2, 2), strides=(2, 2))
     return nn.Dense(self.classes, kernel_init=_INIT)(x.mean((1, 2)))
+
+
+def correlations(model: nn.Module, params: Any, x: jax.Array) -> Any:
+  """For every Dense kernel the correlation of its inputs with its outputs over a batch; a tree like the parameters."""
+  found = {}
+
+  def note(next_function, args, kwargs, context):
+    out = next_function(*args, **kwargs)
+    if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+      found["/".join((*context.module.path, "kernel"))] = recipes.correlation(args[0], out)
+    return out
+
+  with nn.intercept_methods(note):
+    model.apply({"params": params}, x)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return jax.tree_util.tree_map_with_path(lambda path, _: found.get(name(path), optax.MaskedNode()), params)
 
 
 _MODELS = {"mlp": Mlp, "cnn": Cnn}

@@ -1,6 +1,6 @@
 """Trains a classifier with any sparsity algorithm: the loop to read, run and fork.
 
-    python experiments/train.py --config=configs/digits_rigl.py --config.updater.sparsity=0.95 --workdir=runs/rigl95
+    python experiments/train.py --config=configs/digits.py:rigl --config.updater.sparsity=0.95 --workdir=runs/rigl95
 
 The working directory gets metrics.csv, metrics.jsonl, tensorboard/, checkpoints/ and the report (report.md,
 report.json and two plots). Started again with the same arguments, a run goes on from its last checkpoint and ends in
@@ -29,6 +29,7 @@ from experiments import checkpoints
 from experiments import datasets
 from experiments import metrics
 from experiments import models
+from experiments import optimizers
 from experiments import report
 import jaxsparse as js
 
@@ -39,7 +40,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Trains, evaluates, writes checkpoints and metrics, and reports.
 
   Args:
-    config: see configs/digits_no_prune.py, which describes every field.
+    config: see configs/digits.py, which describes every field.
     workdir: directory of this run; an interrupted run goes on from its last checkpoint.
 
   Returns:
@@ -54,47 +55,30 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   updater = js.create_updater(config.updater)
   data = datasets.load(config.dataset, config.data_dir)
   model = models.create(config.model, data.classes)
-  optimizer, learning_rate = create_optimizer(config)
+  optimizer, learning_rate = optimizers.create(config.optimizer, config.steps)
   tx = updater.wrap_optax(optimizer, key=config.seed)
 
-  def loss_fn(params, batch):
-    logits = model.apply({"params": params}, batch["image"])
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return loss.mean(), logits.argmax(-1) == batch["label"]
-
-  @jax.jit
-  def train_step(params, opt_state, batch):
-    grad_fn = jax.value_and_grad(lambda p: loss_fn(updater.forward_params(p, opt_state), batch), has_aux=True)
-    (loss, correct), grads = grad_fn(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, {"train_loss": loss, "train_accuracy": correct.mean()}
-
-  @jax.jit
-  def eval_step(params, opt_state, batch):
-    loss, correct = loss_fn(updater.sparse_params(params, opt_state), batch)
-    return loss * len(batch["label"]), correct.sum()
+  loss_fn, train_step, eval_step = make_steps(updater, model, tx)
 
   def evaluate(params, opt_state):
     sums = [eval_step(params, opt_state, batch) for batch in data.test_batches()]
     loss, correct = np.sum(jax.device_get(sums), axis=0, dtype=np.float64) / len(data.test_labels)
     return {"test_loss": loss, "test_accuracy": correct}
 
-  # What pruning before training may differentiate, and on what: ten batches, or (without data) one input of ones.
-  at_init = {
-    "loss": (
-      lambda params, batch: loss_fn(params, batch)[0],
-      (data.train_batch(config.seed, step, config.batch_size) for step in range(10)),
-    ),
-    "sum of outputs": (
-      lambda params, image: model.apply({"params": params}, image).sum(),
-      [np.ones_like(data.train_images[:1])],
-    ),
-  }
-
   # Under jit: run operation by operation, initialisation compiles a hundred small programs.
   params = jax.jit(model.init)(jax.random.key(config.seed), data.train_images[:1])["params"]
   opt_state = jax.jit(tx.init)(params)
   if updater.prunes_at_init:
+    # What pruning before training may differentiate, and on what: ten batches, or (without data) one input of ones.
+    batches = [data.train_batch(config.seed, step, config.batch_size) for step in range(10)]
+    at_init = {
+      "loss": (lambda params, batch: loss_fn(params, batch)[0], batches),
+      "tempered loss": (lambda params, batch: loss_fn(params, batch, temperature=200.0)[0], batches),
+      "sum of outputs": (
+        lambda params, image: model.apply({"params": params}, image).sum(),
+        [np.ones_like(data.train_images[:1])],
+      ),
+    }
     objective, batches = at_init[updater.drop.objective]
     params, masks = updater.instant_sparsify(params, config.seed, loss_fn=objective, batches=batches)
     opt_state = js.set_masks(opt_state, masks)
@@ -135,21 +119,35 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     return report.write(workdir, config, updater, final, masks, evaluate(params, opt_state), writer.rows)
 
 
-def create_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Any optimizer of optax by its name, under a cosine that ends at zero (`decay="cosine"`) or a constant rate."""
-  arguments = config.optimizer.to_dict()
-  name, rate, decay = arguments.pop("name"), arguments.pop("learning_rate"), arguments.pop("decay")
-  decays = {
-    "cosine": lambda: optax.cosine_decay_schedule(rate, config.steps),
-    "constant": lambda: optax.constant_schedule(rate),
-  }
-  if decay not in decays:
-    raise ValueError(f"config.optimizer.decay must be one of {', '.join(decays)}, got {decay!r}.")
-  if not callable(getattr(optax, name, None)):
-    near = difflib.get_close_matches(name, dir(optax), n=1)
-    raise ValueError(f"optax has no optimizer {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
-  learning_rate = decays[decay]()
-  return getattr(optax, name)(learning_rate, **arguments), learning_rate
+def make_steps(updater: js.Updater, model: Any, tx: optax.GradientTransformationExtraArgs) -> tuple[Any, Any, Any]:
+  """The functions that train and evaluate a classifier.
+
+  Returns:
+    `loss_fn(params, batch, temperature=1.0)` -> (mean loss, which predictions are right);
+    `train_step(params, opt_state, batch)` -> (params, opt_state, metrics), jitted;
+    `eval_step(params, opt_state, batch)` -> (sum of losses, number of right predictions), jitted.
+  """
+  needs = updater.grow.needs if updater.grow else ()
+
+  def loss_fn(params, batch, temperature=1.0):
+    logits = model.apply({"params": params}, batch["image"]) / temperature
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return loss.mean(), logits.argmax(-1) == batch["label"]
+
+  @jax.jit
+  def train_step(params, opt_state, batch):
+    grad_fn = jax.value_and_grad(lambda p: loss_fn(updater.forward_params(p, opt_state), batch), has_aux=True)
+    (loss, correct), grads = grad_fn(params)
+    extra = {"corr": models.correlations(model, params, batch["image"])} if "corr" in needs else {}
+    updates, opt_state = tx.update(grads, opt_state, params, **extra)
+    return optax.apply_updates(params, updates), opt_state, {"train_loss": loss, "train_accuracy": correct.mean()}
+
+  @jax.jit
+  def eval_step(params, opt_state, batch):
+    loss, correct = loss_fn(updater.sparse_params(params, opt_state), batch)
+    return loss * len(batch["label"]), correct.sum()
+
+  return loss_fn, train_step, eval_step
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -166,7 +164,7 @@ def check_fields(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-  config_flag = config_flags.DEFINE_config_file("config", None, "The configuration, such as configs/digits_rigl.py.")
+  config_flag = config_flags.DEFINE_config_file("config", None, "The configuration, such as configs/digits.py:rigl.")
   workdir_flag = flags.DEFINE_string("workdir", None, "Directory of this run; an interrupted run is resumed.")
   flags.mark_flags_as_required(["config", "workdir"])
 

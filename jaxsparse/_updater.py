@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import _choice
 from jaxsparse import _engine
 from jaxsparse import _plan
 from jaxsparse import _state
 from jaxsparse import _tree
+from jaxsparse import _zero_map
 from jaxsparse import distributions
 from jaxsparse import forwards
 from jaxsparse import masks as masks_lib
@@ -152,7 +154,7 @@ class Updater:
         parameters; the message names the leaf.
     """
     inner = optax.with_extra_args_support(inner)
-    zero_map = _engine.ZeroMap()
+    zero_map = _zero_map.ZeroMap()
 
     def init_fn(params):
       return _engine.init(self, inner, params, key, tag)
@@ -173,7 +175,7 @@ class Updater:
       tag: as in `wrap_optax`.
     """
     identity = optax.with_extra_args_support(optax.identity())
-    zero_map = _engine.ZeroMap()
+    zero_map = _zero_map.ZeroMap()
 
     def init_fn(params):
       return _engine.init(self, identity, params, key, tag)
@@ -314,7 +316,7 @@ def _instant(updater, params, key, loss_fn, batches, given):
   plans = _plan.make_plan(updater, leaves)
   key = jax.random.wrap_key_data(_engine.key_data(key), impl="threefry2x32")
   sparse = [
-    _engine.Leaf(i, plan, leaves.values[i], None, jax.random.fold_in(key, i), {}, (), ())
+    _choice.Leaf(i, plan, leaves.values[i], None, jax.random.fold_in(key, i), {}, (), ())
     for i, plan in enumerate(plans)
     if plan.structure is not None
   ]
@@ -334,7 +336,7 @@ def _instant(updater, params, key, loss_fn, batches, given):
   masks = allowed
   if isinstance(updater.drop, scorers.AbstractModelScorer):
     rounds = updater.drop.rounds
-    choose = jax.jit(lambda scores, masks, progress: _engine.select(updater, sparse, scores, masks, progress))
+    choose = jax.jit(lambda scores, masks, progress: _choice.select(updater, sparse, scores, masks, progress))
     for r in range(1, rounds + 1):
       scores = _tree.flatten(updater.drop.scores(pruned(masks), loss_fn, batches, jax.random.fold_in(key, r))).values
       progress = (1 - (1 - updater.sparsity) ** (r / rounds)) / updater.sparsity if r < rounds else 1.0
@@ -342,10 +344,10 @@ def _instant(updater, params, key, loss_fn, batches, given):
   else:
     sparse = _score_inputs(updater.drop, sparse, params, loss_fn, batches)
     if given is None:
-      masks = jax.jit(lambda: _engine.choose(updater, sparse, None, jnp.float32(1), jnp.float32(1)))()
+      masks = jax.jit(lambda: _choice.choose(updater, sparse, None, jnp.float32(1), jnp.float32(1)))()
     else:
       scores = lambda: [updater.drop.score(leaf.drop_state, leaf.inputs) for leaf in sparse]
-      masks = jax.jit(lambda: _engine.select(updater, sparse, scores(), allowed, jnp.float32(1)))()
+      masks = jax.jit(lambda: _choice.select(updater, sparse, scores(), allowed, jnp.float32(1)))()
   if given is not None:
     _check_within(sparse, masks, allowed)
   nodes = [optax.MaskedNode()] * len(plans)

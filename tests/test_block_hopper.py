@@ -177,9 +177,9 @@ def test_which_on_gpu():
 def test_tunings():
   for batch in (1, 8, 16, 100, 300, 512, 4096, 100_000):
     for outputs in (128, 4096, 28672):
-      t = tuning.best_tuning(batch, outputs, 6.4, 128, 0.1)
+      t = tuning.best_tuning(batch, outputs, 6.4, 128, 128, 0.1)
       assert t.shared_bytes() <= tuning.SHARED_BYTES and t.tile_b <= 256
-  assert tuning.best_tuning(8192, 8192, 6.4, 128, 0.1).split_k == 1
+  assert tuning.best_tuning(8192, 8192, 6.4, 128, 128, 0.1).split_k == 1
   for bad, message in ((dict(tile_b=20), "multiple of 8"), (dict(tile_b=256, stages=6), "shared memory")):
     with pytest.raises(ValueError, match=message):
       tuning.Tuning(**bad)

@@ -240,13 +240,8 @@ def test_plans(block, density):
   plans = js.ops.plan_blocks(w).plan
   jax.tree.map(np.testing.assert_array_equal, plans, _plan.plans_of(w.freeze()))
   n, rows, cols = w.capacity, np.asarray(w.rows), np.asarray(w.cols)
-  ways = {
-    "forward": (cols, rows, max(1, 128 // block[1])),
-    "transposed": (rows, cols, max(1, 128 // block[0])),
-    "sampled": (rows, cols, max(1, 64 // block[0])),
-  }
-  for name, (major, minor, shared) in ways.items():
-    plan = jax.tree.map(np.asarray, getattr(plans, name))
+  for name, major, minor, size in (("forward", cols, rows, block[1]), ("transposed", rows, cols, block[0])):
+    plan, shared, own = jax.tree.map(np.asarray, getattr(plans, name)), max(1, 128 // size), max(1, 64 // size)
     seen = []
     for which, (lo, hi) in enumerate(zip(plan.starts[:-1], plan.starts[1:])):
       entries = plan.minor[lo:hi]
@@ -257,14 +252,26 @@ def test_plans(block, density):
         for j, slot in enumerate(slots):
           if slot < n:
             seen.append(slot)
-            assert (major[slot], minor[slot]) == (which * shared + j, plan.minor[e])
+            place = which if shared == 1 else plan.units[2 * which + j // own] * own + j % own
+            assert (major[slot], minor[slot]) == (place, plan.minor[e])
     assert sorted(seen) == list(range(int(w.count)))
     lengths = np.diff(plan.starts)
-    assert (np.diff(lengths[plan.order]) <= 0).all() and plan.heavy[0] == (lengths > 2 * lengths.mean()).sum()
-    piece = max(1, 256 // block[1])
-    want = [(i, lo + p) for i, lo in enumerate(plan.starts[:-1]) for p in range(0, lengths[i], piece)]
-    assert plan.num_items[0] == len(want) <= len(plan.items)
-    np.testing.assert_array_equal(plan.items[: len(want)], np.array(want).reshape(-1, 2))
+    assert (np.diff(lengths[plan.order]) <= 0).all()
+    total = max(1, lengths.sum())
+    assert plan.heavy.tolist() == [(lengths > 0.5**j * total).sum() for j in range(len(plan.heavy))]
+  piece = max(1, 256 // block[1])
+  want = [(i, lo + p) for i, lo in enumerate(plan.starts[:-1]) for p in range(0, lengths[i], piece)]
+  assert plans.num_items[0] == len(want) <= len(plans.items)
+  assert sorted(map(tuple, np.asarray(plans.items)[: len(want)].tolist())) == want
+
+
+def test_plan_puts_columns_with_common_rows_together():
+  mask = np.zeros((6, 6), bool)
+  mask[:2, [0, 3]] = mask[2:4, [1, 5]] = mask[4:, [2, 4]] = True
+  _, w, _ = case((64, 64), mask.shape, 1, 1, mask=mask)
+  plan = js.ops.plan_blocks(w).plan.forward
+  assert sorted(map(sorted, np.asarray(plan.units).reshape(-1, 2).tolist())) == [[0, 3], [1, 5], [2, 4]]
+  assert np.diff(plan.starts).tolist() == [2, 2, 2]  # and not 4 of neighbours
 
 
 # -- Which implementation, and errors ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -23,17 +25,25 @@ from experiments import datasets
 from experiments import fashion_mnist_table
 from experiments import metrics
 from experiments import models
+from experiments import optimizers
 from experiments import train
 import jaxsparse as js
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("smollm2_"))
+CONFIGS = [f"digits:{name}" for name in js.all_algorithm_names()]
+CONFIGS += sorted(path.stem for path in (ROOT / "configs").glob("fashion_mnist_*.py"))
+
+
+def get_config(name):
+  """The configuration that `--config=configs/name.py`, or `configs/file.py:algorithm`, gives."""
+  file, *algorithm = name.split(":")
+  return importlib.import_module(f"configs.{file}").get_config(*algorithm)
 
 
 def toy(name, steps=24, **fields):
   """A configuration of configs/, small and short."""
-  config = importlib.import_module(f"configs.{name}").get_config()
-  config.model.features = (32, 16)
+  config = get_config(name)
+  config.model.features = (32, 32)  # frames of SdGF need inputs in 32s
   with config.unlocked():
     config.update({"steps": steps, "batch_size": 32, "log_every": 4, "eval_every": 8, "checkpoint_every": 8} | fields)
   return config
@@ -73,26 +83,44 @@ def read_events(folder):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_configuration_fits_its_model_and_says_how_to_run_it(name):
-  module = importlib.import_module(f"configs.{name}")
-  config = module.get_config()
-  assert f"--config=configs/{name}.py" in module.__doc__
+def test_every_configuration_trains(name):
+  """As far as shapes go: a whole step is traced, nothing is compiled."""
+  config = toy(name, steps=400)
   train.check_fields(config)
   updater = js.create_updater(config.updater)
-  optimizer, _ = train.create_optimizer(config)
+  optimizer, _ = optimizers.create(config.optimizer, config.steps)
+  tx, model = updater.wrap_optax(optimizer), models.create(config.model, classes=10)
   size = 8 if config.dataset == "digits" else 28
-  model = models.create(config.model, classes=10)
-  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 1)))["params"]
-  jax.eval_shape(updater.wrap_optax(optimizer).init, params)
+  image, label = jax.ShapeDtypeStruct((4, size, size, 1), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+
+  def start(image):
+    params = model.init(jax.random.key(0), image)["params"]
+    state = tx.init(params)
+    masks = jax.tree.map(lambda p: p == p if p.ndim > 1 else optax.MaskedNode(), params)
+    return params, js.set_masks(state, masks) if updater.prunes_at_init else state
+
+  params, state = jax.eval_shape(start, image)
+  _, train_step, _ = train.make_steps(updater, model, tx)
+  new, new_state, _ = jax.eval_shape(train_step, params, state, {"image": image, "label": label})
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kinds((new, new_state)) == kinds((params, state))
+  assert bool(jax.tree.leaves(js.get_masks(state))) == (name != "digits:no_prune" and "fashion_mnist_no" not in name)
   if "stop" in config.updater:
-    config.steps = 400
     assert config.updater.stop == 300  # follows the steps
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_says_how_to_run_it(name):
+  file, *algorithm = name.split(":")
+  text = importlib.import_module(f"configs.{file}").__doc__
+  assert f"--config=configs/{file}.py" in text
+  assert not algorithm or re.search(rf"\| {algorithm[0]} +\| +\d\d\.\d", text)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "sparsity"), [("digits_rigl", 0.9), ("digits_sr_ste", 0.5), ("digits_snip", 0.9)])
+@pytest.mark.parametrize(("name", "sparsity"), [("digits:g2gnet", 0.9), ("digits:step", 0.5), ("digits:snip", 0.9)])
 def test_a_toy_run_leaves_metrics_a_checkpoint_and_a_report(tmp_path, name, sparsity):
   out = train.train(toy(name), tmp_path)
   assert out["sparsity"] == pytest.approx(sparsity, abs=2e-3)
@@ -111,7 +139,7 @@ def test_a_toy_run_leaves_metrics_a_checkpoint_and_a_report(tmp_path, name, spar
 
 def test_synflow_gets_the_sum_of_outputs_on_ones(tmp_path, monkeypatch):
   """By a configuration alone: the masks are those of the flow, not of the training loss."""
-  config = toy("digits_synflow", steps=1)
+  config = toy("digits:synflow", steps=1)
   config.updater.iterations = 5
   config.updater.sparsity = 0.95
   made = []
@@ -194,7 +222,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_command(workdir, *flags, **environment):
-  arguments = ["--config=configs/digits_rigl.py", f"--workdir={workdir}", *flags]
+  arguments = ["--config=configs/digits.py:rigl", f"--workdir={workdir}", *flags]
   # The first process compiles, the others load what it compiled: four compilations would take most of a minute.
   cache = {
     "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
@@ -281,13 +309,13 @@ def test_metrics_after_a_kill_hold_every_row_once(tmp_path):
     (
       {"optimizer": {"name": "adam", "learning_rate": 0.1, "decay": "cos"}},
       ValueError,
-      "one of cosine, constant, got 'cos'",
+      "one of cosine, constant, warmup_cosine, got 'cos'",
     ),
     ({"steps": 0}, ValueError, "config.steps must be at least 1"),
   ],
 )
 def test_a_bad_configuration_fails_before_anything_is_written(tmp_path, change, error, message):
-  config = toy("digits_rigl")
+  config = toy("digits:rigl")
   with config.unlocked():
     for field, value in change.items():
       config[field] = ConfigDict(value) if isinstance(value, dict) else value
@@ -299,7 +327,7 @@ def test_a_bad_configuration_fails_before_anything_is_written(tmp_path, change, 
 def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError) as error:
     train.train(toy("fashion_mnist_rigl", data_dir=str(tmp_path)), tmp_path / "run")
-  for way in ("apt-get install dataset-fashion-mnist", "--config.data_dir=", "configs/digits_", str(tmp_path)):
+  for way in ("apt-get install dataset-fashion-mnist", "--config.data_dir=", "configs/digits.py", str(tmp_path)):
     assert way in str(error.value)
   monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", str(tmp_path / "debian"))
   with pytest.raises(FileNotFoundError, match="debian"):
@@ -318,7 +346,7 @@ def test_broken_idx_files_are_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(tmp_path):
-  config = toy("digits_rigl")
+  config = toy("digits:rigl")
   state = {"params": {"kernel": jnp.ones((3, 4))}, "count": jnp.zeros((), jnp.int32)}
   with checkpoints.Checkpoints(tmp_path, config) as saved:
     assert saved.restore_or(0, state) == (0, state)

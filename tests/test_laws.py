@@ -1,6 +1,9 @@
 """Every algorithm and every optimizer, structure and dtype against the laws."""
 
+import jax
 import laws
+import numpy as np
+import optax
 import pytest
 
 import jaxsparse as js
@@ -17,9 +20,29 @@ def test_every_algorithm_is_listed():
 @pytest.mark.parametrize("optimizer", MAIN_OPTIMIZERS)
 @pytest.mark.parametrize("name", sorted(laws.EXPECTED))
 def test_algorithm(name, optimizer):
-  if name in OWN_OPTIMIZER and optimizer != MAIN_OPTIMIZERS[0]:
-    pytest.skip("needs an optimizer of its own, and has been run with it")
-  laws.check(laws.train(name, laws.OPTIMIZERS[optimizer]()))
+  """With the second optimizer (or with an algorithm's own, a second time) masks are packed: eight to a byte."""
+  packed = {"pack_masks": True} if optimizer != MAIN_OPTIMIZERS[0] and name != "no_prune" else {}
+  laws.check(laws.train(name, laws.OPTIMIZERS[optimizer](), **packed))
+
+
+# Joint, hard, a changing pattern, dense, ablated groups.
+PACKED = ("global_magnitude", "rigl", "sdgf", "sr_ste", "srigl")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=() if n in PACKED else pytest.mark.laws) for n in sorted(laws.EXPECTED) if n != "no_prune"],
+)
+def test_packed_masks_change_nothing(name):
+  results = []
+  for packed in (False, True):
+    h = laws.train(name, laws.OPTIMIZERS["momentum"](), pack_masks=packed)
+    laws.check(h)
+    state = js.get_sparsity_state(h.states)
+    results.append((h.params, h.masks, state.inner_state))
+    nodes = jax.tree.leaves(state.masks, is_leaf=lambda x: isinstance(x, js.PackedMask))
+    assert {isinstance(n, js.PackedMask) for n in nodes if not isinstance(n, optax.MaskedNode)} == {packed}
+  jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.parametrize("name", MAIN_ALGORITHMS)

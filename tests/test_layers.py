@@ -14,11 +14,12 @@ ALLOWED = {"jax", "numpy", "optax", "chex", "absl", "ml_collections"} | set(sys.
 
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = (
-  {"_tree", "_threshold", "_hold"},
+  {"_tree", "_threshold", "_hold", "_zero_map"},
   {"selection", "masks"},
   {"structures", "distributions", "schedules", "scorers", "forwards"},
   {"rules"},
   {"_plan", "_state", "_compress"},
+  {"_choice"},
   {"_engine"},
   {"_updater", "gradient_masking", "soft_threshold"},
   {"algorithms", "metrics", "recipes", "calibration", "nn", "optimizers"},

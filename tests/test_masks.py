@@ -17,8 +17,12 @@ import jaxsparse as js
 from jaxsparse import masks as masks_lib
 
 
+# Few distinct shapes: each costs compiles.
+SHAPES = [(*lead, last) for lead in ((), (3,), (2, 3)) for last in (1, 7, 8, 9, 16, 19)]
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(hnp.arrays(bool, hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=19)))
+@hypothesis.given(hnp.arrays(bool, st.sampled_from(SHAPES)))
 def test_pack_round_trip(mask):
   packed = masks_lib.pack(jnp.asarray(mask))
   assert packed.shape == mask.shape

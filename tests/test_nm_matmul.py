@@ -245,7 +245,7 @@ assert y.sharding.spec == P(None, "o") and placed.to_dense().sharding.spec == P(
 def test_sharded():
   """Split along O over four devices: by shard_map, gradients included, and by the compiler."""
   root = pathlib.Path(__file__).parents[1]
-  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
   env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
   done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -485,6 +485,18 @@ def test_preferred_layout():
   for n, m, one, many in [(1, 4, "decode", "hopper"), (4, 8, "decode", "decode"), (2, 8, "decode", "hopper")]:
     w = case(16, 6, n, m, 3, jnp.bfloat16)[1]
     assert (preference.layout(w, 1), preference.layout(w, 512)) == (one, many)
+
+
+def test_preference_agrees_with_what_was_measured():
+  table = pathlib.Path(preference.__file__).parent / "measured" / "few_rows_nvidia_h100.json"
+  rows = json.loads(table.read_text())["rows"]
+  for pattern, k, o, batch, decode, tensor_cores in rows:
+    n, m = map(int, pattern.split(":"))
+    leaf = lambda dtype: jax.ShapeDtypeStruct((k // m, n, o), dtype)
+    w = js.NMArray.tree_unflatten((n, m), (leaf(jnp.bfloat16), leaf(jnp.uint8), None))
+    taken = {"decode": decode, "hopper": tensor_cores}[preference.layout(w, batch)]
+    assert taken <= 1.1 * min(decode, tensor_cores), (pattern, k, o, batch)
+  assert {row[3] for row in rows} == {1, 8, 16, 24, 32, 48, 64}
 
 
 # -- The benchmark -----------------------------------------------------------------------------------------------------

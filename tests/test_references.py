@@ -89,6 +89,11 @@ def test_gradual_pruning(name, arguments, score, options):
   compare(history, training.gradual(params, batches(), LR, sparsity=0.85, score=score, **RAMP, **options), refreshes=6)
 
 
+def test_iterative_nm():
+  _, params, history = run(js.iterative_nm(1, 4, **RAMP))
+  compare(history, training.stepwise_nm(params, batches(), LR, n=1, m=4, **RAMP), refreshes=3)
+
+
 def test_fisher():
   ramp = js.schedules.Polynomial(**RAMP)
   _, params, history = run(js.Updater(schedule=ramp, drop=scorers.Fisher(0.7), sparsity=0.85))
@@ -212,9 +217,22 @@ def test_grasp():
   p = network.double(params)
   x, y = batches(2)[0]
   product = network.hessian_product(p, network.gradients(p, x, y), x, y)
-  scores = [-p[k]["kernel"] * product[k]["kernel"] for k in p]
+  scores = [p[k]["kernel"] * product[k]["kernel"] for k in p]
   want = ref.global_topk(scores, ref.keep_count(sum(s.size for s in scores), 0.6))
   assert sum((g != m).sum() for g, m in zip(kernel_masks(masks), want, strict=True)) == 0
+
+
+def test_grasp_keeps_what_the_gradient_flow_needs():
+  """Straight from the definition: without the best tenth of the weights, made a little smaller, |g|^2 falls most."""
+  params, batch = laws.make_params(), two_batches()[0]
+  kernels = lambda tree: {k: v["kernel"] for k, v in tree.items()}
+  flow = lambda p: sum(jnp.sum(g**2) for g in kernels(jax.grad(laws.loss_fn)(p, batch)).values())
+  scores = kernels(scorers.Grasp().scores(params, laws.loss_fn, [batch], jax.random.key(0)))
+  shrink = lambda sign: {
+    k: v | {"kernel": jnp.where(sign * scores[k] > jnp.quantile(sign * scores[k], 0.9), 0.99, 1.0) * v["kernel"]}
+    for k, v in params.items()
+  }
+  assert flow(shrink(1)) < flow(params) < flow(shrink(-1))
 
 
 @pytest.mark.parametrize("rounds", [1, 7])

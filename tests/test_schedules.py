@@ -85,6 +85,21 @@ def test_one_shot_and_static():
   assert not static.refreshes and not static.due(0) and static.progress(0) == 1 and not static.ramps
 
 
+@pytest.mark.parametrize("ramp", [schedules.Polynomial, schedules.Linear, schedules.Cosine])
+def test_a_ramp_that_ends_before_the_refreshes(ramp):
+  """Due until `stop`, progress of the shorter ramp, time of the whole."""
+  long, short = ramp(every=4, start=2, ramp_stop=20, stop=60), ramp(every=4, start=2, stop=20)
+  assert list(np.flatnonzero(long.due(COUNTS))) == list(range(2, 60, 4))
+  np.testing.assert_array_equal(long.progress(COUNTS), short.progress(COUNTS))
+  np.testing.assert_allclose(long.elapsed(COUNTS), np.clip((COUNTS - 2) / 58, 0, 1), atol=1e-6)
+
+
+def test_piecewise_fraction():
+  piecewise = schedules.PiecewiseFraction((0.5, schedules.CosineFraction(0.4), 0.0), (0.25, 0.75))
+  got = [float(piecewise.value(jnp.float32(t))) for t in (0, 0.2, 0.25, 0.5, 0.75, 1)]
+  np.testing.assert_allclose(got, [0.5, 0.5, 0.2 * (1 + 0.5**0.5), 0.2, 0, 0], atol=1e-6)
+
+
 def test_gmp_cubic_numbers():
   """Zhu and Gupta: s_t = s_f + (s_i - s_f)(1 - tau)^3 over ten refreshes, s_f = 0.9."""
   progress = schedules.Polynomial(every=100, start=0, stop=1001).progress(np.arange(0, 1001, 100))
@@ -105,7 +120,7 @@ def test_cosine_fraction_closed_form():
 ALL = [
   schedules.Polynomial(every=3, stop=20),
   schedules.Linear(every=3, stop=20),
-  schedules.Cosine(every=3, stop=20),
+  schedules.Cosine(every=3, stop=20, ramp_stop=11),
   schedules.Periodic(every=3, stop=20),
   schedules.Periodic(),
   schedules.OneShot(3),
@@ -136,6 +151,11 @@ def test_traced_equals_eager(schedule):
     lambda: schedules.Polynomial(every=True, stop=10),
     lambda: schedules.Linear(every=1, start=5, stop=5),
     lambda: schedules.Cosine(every=1, start=5, stop=4),
+    lambda: schedules.Linear(every=1, ramp_stop=9, stop=8),
+    lambda: schedules.Polynomial(every=1, start=3, ramp_stop=3, stop=8),
+    lambda: schedules.PiecewiseFraction((0.5, 0.1), (0.5, 0.6)),
+    lambda: schedules.PiecewiseFraction((0.5, 0.2, 0.1), (0.6, 0.5)),
+    lambda: schedules.PiecewiseFraction((0.5, 1.2), (0.5,)),
     lambda: schedules.Periodic(every=0),
     lambda: schedules.Periodic(every=2, start=3, stop=3),
     lambda: schedules.OneShot(at=-1),

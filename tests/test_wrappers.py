@@ -1,5 +1,6 @@
 """jaxsparse inside and around other Optax transformations, vmap, and devices."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 import jaxsparse as js
-from jaxsparse import _engine
+from jaxsparse import _zero_map
 from jaxsparse import _hold
 from jaxsparse import _tree
 
@@ -21,10 +22,8 @@ SWAPS = dict(every=2, start=1, stop=11)
 RAMP = dict(every=2, start=1, stop=10)
 
 
-def train(tx, updater, params, steps=6, batches=None, **extra):
-  """Parameters and state after some steps, in one program."""
-  state = tx.init(params)
-  params = updater.sparse_params(params, state) if updater.forward.storage == "hard" else params
+def make_program(tx, updater, **extra):
+  """(parameters, state), batches -> the same after as many updates."""
 
   def step(carry, batch):
     params, state = carry
@@ -32,7 +31,14 @@ def train(tx, updater, params, steps=6, batches=None, **extra):
     updates, state = tx.update(grads, state, params, **extra)
     return (optax.apply_updates(params, updates), state), None
 
-  return jax.jit(lambda c, b: jax.lax.scan(step, c, b)[0])((params, state), batches or laws.make_batches(steps))
+  return jax.jit(lambda c, b: jax.lax.scan(step, c, b)[0])
+
+
+def train(tx, updater, params, steps=6, **extra):
+  """Parameters and state after some steps, in one program."""
+  state = tx.init(params)
+  params = updater.sparse_params(params, state) if updater.forward.storage == "hard" else params
+  return make_program(tx, updater, **extra)((params, state), laws.make_batches(steps))
 
 
 def assert_same(a, b, what=""):
@@ -64,7 +70,9 @@ NOTHING_YET = (
 )
 
 
-def plain_run(inner, steps=6):
+@functools.cache
+def plain_run(optimizer, steps=6):
+  inner = laws.OPTIMIZERS[optimizer]()
   params = laws.make_params()
 
   def step(carry, batch):
@@ -80,7 +88,7 @@ def plain_run(inner, steps=6):
 @pytest.mark.parametrize("updater", NOTHING, ids=lambda u: repr(u)[:30])
 def test_sparsity_zero_is_the_inner_optimizer(updater, optimizer):
   inner = laws.OPTIMIZERS[optimizer]()
-  params, state = plain_run(inner)
+  params, state = plain_run(optimizer)
   got, got_state = train(updater.wrap_optax(inner), updater, laws.make_params())
   assert_same(got, params, "parameters")
   assert_same(got_state.inner_state, state, "the inner optimizer's state")
@@ -165,6 +173,11 @@ def test_rejected_step_rejects_its_mask_change(name):
   assert changed, "the accepted step refreshes"
 
 
+@functools.cache
+def without_injection(updater):
+  return train(updater.wrap_optax(optax.sgd(0.01, momentum=0.9)), updater, laws.make_params())
+
+
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_inject_hyperparams(where):
   updater = js.rigl(sparsity=0.8, **SWAPS)
@@ -173,7 +186,7 @@ def test_inject_hyperparams(where):
   else:
     make = optax.inject_hyperparams(lambda learning_rate: updater.wrap_optax(optax.sgd(learning_rate, momentum=0.9)))
   params, state = train(make(0.01), updater, laws.make_params())
-  want, want_state = train(updater.wrap_optax(optax.sgd(0.01, momentum=0.9)), updater, laws.make_params())
+  want, want_state = without_injection(updater)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), params, want)
   assert_same(js.get_masks(state), js.get_masks(want_state))
   assert_masked(params, js.get_masks(state))
@@ -232,7 +245,7 @@ def test_state_is_cleaned_twice_only_where_needed(optimizer, once):
 
   def step(params):
     leaves = _tree.flatten(params)
-    verdict.append(_engine.ZeroMap().keeps_zeros(optax.with_extra_args_support(inner), leaves))
+    verdict.append(_zero_map.ZeroMap().keeps_zeros(optax.with_extra_args_support(inner), leaves))
     return params
 
   params = {k: {"kernel": p["kernel"]} for k, p in laws.make_params().items()}
@@ -357,10 +370,12 @@ def test_transform_needs_gradients_for_gradient_scores():
 @pytest.mark.parametrize("name", ["set", "random_ste", "random", "static_sparse"])
 def test_key_decides_the_masks(name):
   updater = js.get_algorithm(name)(sparsity=0.8, **({} if name == "static_sparse" else SWAPS))
+  program = make_program(updater.wrap_optax(optax.sgd(0.1)), updater)
 
   def masks(key):
-    tx = updater.wrap_optax(optax.sgd(0.1), key=key)
-    return kernels(js.get_masks(train(tx, updater, laws.make_params(), steps=4)[1]))
+    params = laws.make_params()
+    state = updater.wrap_optax(optax.sgd(0.1), key=key).init(params)
+    return kernels(js.get_masks(program((updater.sparse_params(params, state), state), laws.make_batches(4))[1]))
 
   same, again, other = masks(7), masks(jax.random.key(7)), masks(8)
   for k in same:
@@ -382,7 +397,7 @@ def test_random_masks_are_redrawn_and_differ_between_leaves():
       assert 64 < int((a != b).sum()) < 192, "masks of independent draws differ in about half of 256 entries"
 
 
-@pytest.mark.parametrize("name", ["rigl", "sr_ste", "magnitude"])
+@pytest.mark.parametrize("name", ["rigl", "sr_ste"])
 def test_vmap_over_seeds(name):
   updater = js.get_algorithm(name)(sparsity=0.8, **SWAPS)
 
@@ -442,20 +457,6 @@ def test_vmap_over_members_that_are_not_in_step(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), together[0], updates)
 
 
-PACKED = {n: e for n, e in laws.EXPECTED.items() if n != "no_prune"}
-
-
-@pytest.mark.parametrize("name", sorted(PACKED))
-def test_packed_masks_change_nothing(name):
-  results = []
-  for packed in (False, True):
-    h = laws.train(name, optax.sgd(0.05, momentum=0.9), pack_masks=packed)
-    results.append((h.params, h.masks, js.get_sparsity_state(h.states).inner_state))
-    nodes = jax.tree.leaves(js.get_sparsity_state(h.start_state).masks, is_leaf=lambda x: isinstance(x, js.PackedMask))
-    assert {isinstance(n, js.PackedMask) for n in nodes if not isinstance(n, optax.MaskedNode)} == {packed}
-  assert_same(*results)
-
-
 SHARDED = """
 import re
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -508,7 +509,7 @@ def test_sharded_equals_unsharded():
   here = pathlib.Path(__file__).parent
   env = dict(
     os.environ,
-    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    XLA_FLAGS=os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
     JAX_PLATFORMS="cpu",
     PYTHONPATH=os.pathsep.join([str(here.parent), str(here)]),
   )

@@ -34,7 +34,7 @@ def snip(
 def grasp(
   sparsity: float | None = None, *, distribution: distributions.AbstractDistribution = distributions.Global(), **common
 ) -> _updater.Updater:
-  """GraSP: keeps the weights whose removal would lower the gradient flow most, -w (H g).
+  """GraSP: keeps the weights whose removal would lower the gradient flow most, the largest w (H g).
 
   Args:
     sparsity, distribution, **common: as in `snip`.
@@ -44,7 +44,7 @@ def grasp(
 
   References:
     Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020,
-    https://arxiv.org/abs/2002.07376. Differs from the paper: no temperature on the logits (put it in `loss_fn`).
+    https://arxiv.org/abs/2002.07376. Differs from the paper: `loss_fn` has to divide the logits by the temperature, 200.
   """
   return _at_init(scorers.Grasp(), sparsity, distribution, common)
 

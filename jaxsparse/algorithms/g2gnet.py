@@ -39,8 +39,8 @@ def g2gnet(
   Modular(modules=4, inside=1.0, between=0.0)
 
   References:
-    G2GNet ("group-to-group" ensemble networks with Hebbian regrowth). Only the abstract was read: the growth score, all
-    defaults and the schedule are ours.
+    G2GNet ("group-to-group" ensemble networks with Hebbian regrowth). Differs from the paper: not known. Only the abstract
+    was read; the growth score, all defaults and the schedule are ours.
   """
   return _updater.Updater(
     schedule=schedules.Periodic(every=every, stop=stop, start=start),

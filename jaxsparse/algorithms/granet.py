@@ -41,7 +41,7 @@ def granet(
     **common: as in `magnitude`.
 
   >>> granet(sparsity=0.95, stop=80_000).schedule
-  RampThenHold(every=1000, ramp_stop=80000, stop=80000, start=0, power=3.0)
+  Polynomial(every=1000, stop=80000, start=0, ramp_stop=None, power=3.0)
 
   References:
     Liu et al., Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, 2021,
@@ -52,7 +52,7 @@ def granet(
   decay = lambda fraction: schedules.CosineFraction(fraction, end=0.005)
   starts_sparse = initial_sparsity > 0
   return _updater.Updater(
-    schedule=schedules.RampThenHold(every=every, ramp_stop=ramp_stop or stop, stop=stop, start=start),
+    schedule=schedules.Polynomial(every=every, stop=stop, start=start, ramp_stop=ramp_stop),
     drop=scorers.Magnitude(),
     grow=scorers.GradientMagnitude(),
     drop_fraction=_schedule_arguments.fraction("granet", drop_fraction, decay, stop),

@@ -3,10 +3,10 @@
 from jaxsparse import _updater
 from jaxsparse import distributions
 from jaxsparse import schedules
-from jaxsparse import scorers
 from jaxsparse import structures
 from jaxsparse.algorithms import _registry
 from jaxsparse.algorithms import _schedule_arguments
+from jaxsparse.algorithms import dynamic_sparse
 
 
 @_registry.algorithm
@@ -43,14 +43,12 @@ def srigl(
     down; weights that are dropped in a refresh may grow back in it.
   """
   _schedule_arguments.check_stop("srigl", stop)
-  return _updater.Updater(
-    schedule=schedules.Periodic(every=every, stop=stop, start=start),
-    drop=scorers.Magnitude(),
-    grow=scorers.GradientMagnitude(),
-    drop_fraction=_schedule_arguments.fraction("srigl", drop_fraction, schedules.CosineFraction, stop),
-    init=scorers.Random(),
-    skip_step_when_due=True,
-    sparsity=sparsity,
+  return dynamic_sparse.rigl(
+    sparsity,
+    every=every,
+    start=start,
+    stop=stop,
+    drop_fraction=drop_fraction,
     structure=structure,
     distribution=distribution,
     **common,

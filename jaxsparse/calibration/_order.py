@@ -54,7 +54,9 @@ def sparsify_and_quantize(
     raise ValueError(f"order={order!r}: 'sparsify, quantize' and 'quantize, sparsify' are allowed.")
   if gram is not None:
     raise ValueError("gptq makes up for errors on a fixed mask: it needs order='sparsify, quantize'.")
-  logging.warning("jaxsparse: quantising before pruning has the larger error; order='sparsify, quantize' is the default.")
+  logging.warning(
+    "jaxsparse: quantising before pruning has the larger error; order='sparsify, quantize' is the default."
+  )
   values, scales = _dense.quantize_dense(w, bits, group)
   mask = _selection.select(rank(_dense.dequantize_dense(values, scales)), structure, keep)
   return _gptq.Quantized(jnp.where(mask, values, 0), scales, mask)

@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
@@ -18,8 +19,7 @@ class Pruned(NamedTuple):
   Attributes:
     weight: float32 `[K, O]`, exactly 0 off the mask.
     mask: bool `[K, O]`, True = kept.
-    damping: shape=(), what the factorisation needed; more than was asked for is worth a warning (`check_pruned`), NaN
-      weights an error.
+    damping: shape=(), what the factorisation needed; `check_pruned` says so when it is more than was asked for.
   """
 
   weight: jax.Array
@@ -75,6 +75,27 @@ def sparsegpt(
   row = lambda adjusted, mask, i: jnp.where(mask[i], adjusted, 0)
   weight, masks = _sweep.sweep(w, r, decide, row, block, run)
   return Pruned(weight, masks.reshape(w.shape), used)
+
+
+def check_pruned(pruned: Pruned, name: str = "layer", damping: float = 0.01) -> None:
+  """Refuses a weight that is not finite, and warns of one that needed more damping; outside of `jit`.
+
+  Raises:
+    ValueError: the Gram matrix could not be factored with any damping that was tried.
+  """
+  if not bool(jnp.isfinite(pruned.weight).all()):
+    raise ValueError(
+      f"{name}: its Gram matrix could not be factored, with {float(pruned.damping):g} of its mean diagonal added at last. "
+      "Its inputs (or the weight) are not finite or far too large; look at them with check_statistics."
+    )
+  if float(pruned.damping) > damping * 1.001:
+    logging.warning(
+      "jaxsparse: the Gram matrix of %s is not positive definite in float32; it took a damping of %g instead of %g. More "
+      "calibration data would help.",
+      name,
+      float(pruned.damping),
+      damping,
+    )
 
 
 def _rows_together(structure: structures.AbstractStructure) -> int:

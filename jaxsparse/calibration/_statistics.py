@@ -163,7 +163,9 @@ def _rows(x, where):
 
 def _cross(statistics, rows, second):
   if second.shape != (rows.shape[0], statistics.cross.shape[1]):
-    raise ValueError(f"second has {second.shape} rows and features; ({rows.shape[0]}, {statistics.cross.shape[1]}) fit.")
+    raise ValueError(
+      f"second has {second.shape} rows and features; ({rows.shape[0]}, {statistics.cross.shape[1]}) fit."
+    )
   return _product(rows, second)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AbstractForward(abc.ABC):
   def gradient(self, grad: jax.Array, param: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
     """The gradient handed to the inner optimizer."""
 
-  @abc.abstractmethod
   def project(self, param: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
-    """The weights to use or export outside training: what the forward pass sees, without its gradient rule."""
+    """The weights to use or export outside training; masked, unless a forward says otherwise."""
+    del count
+    return jnp.where(mask, param, jnp.zeros((), param.dtype))

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
-
 from jaxsparse.forwards import _base
 
 
@@ -23,6 +21,3 @@ class Dense(_base.AbstractForward):
 
   def gradient(self, grad, param, mask, count):
     return grad
-
-  def project(self, param, mask, count):
-    return jnp.where(mask, param, jnp.zeros((), param.dtype))

@@ -19,6 +19,3 @@ class Hard(_base.AbstractForward):
 
   def gradient(self, grad, param, mask, count):
     return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
-
-  def project(self, param, mask, count):
-    return jnp.where(mask, param, jnp.zeros((), param.dtype))

@@ -27,9 +27,6 @@ class MaskedGradient(_base.AbstractForward):
   def gradient(self, grad, param, mask, count):
     return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
 
-  def project(self, param, mask, count):
-    return jnp.where(mask, param, jnp.zeros((), param.dtype))
-
 
 @dataclasses.dataclass(frozen=True)
 class TopKast(_base.AbstractForward):
@@ -68,6 +65,3 @@ class TopKast(_base.AbstractForward):
     density = jnp.maximum(kept, 1).astype(wide) / size
     pull = self.decay * param.astype(wide) * jnp.where(mask, jnp.ones((), wide), 1 / density)
     return jnp.where(mask | around, grad.astype(wide) + pull, jnp.zeros((), wide)).astype(dtype)
-
-  def project(self, param, mask, count):
-    return jnp.where(mask, param, jnp.zeros((), param.dtype))

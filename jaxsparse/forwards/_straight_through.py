@@ -37,9 +37,6 @@ class StraightThrough(_base.AbstractForward):
   def gradient(self, grad, param, mask, count):
     return grad
 
-  def project(self, param, mask, count):
-    return jnp.where(mask, param, jnp.zeros((), param.dtype))
-
 
 @dataclasses.dataclass(frozen=True)
 class SRSTE(_base.AbstractForward):
@@ -69,6 +66,3 @@ class SRSTE(_base.AbstractForward):
     wide = _tree.wider(dtype, jnp.float32)
     pull = jnp.where(mask, jnp.zeros((), wide), self.decay * param.astype(wide))
     return (grad.astype(wide) + pull).astype(dtype)
-
-  def project(self, param, mask, count):
-    return jnp.where(mask, param, jnp.zeros((), param.dtype))

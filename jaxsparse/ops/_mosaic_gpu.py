@@ -130,14 +130,12 @@ def descriptor_offset(num_bytes: int) -> int:
 
 def load_matrices_transposed(address, count: int):
   """ldmatrix of `count` (1, 2, 4) transposed 8x8 matrices of 16-bit entries: a list of i32."""
-  i32 = ir.IntegerType.get_signless(32)
-  names = ", ".join(f"${i}" for i in range(count))
-  ptx = f"ldmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {{{names}}}, [${count}];"
-  if count == 1:
-    return [inline_ptx(ptx, [address], "=r,r", i32)]
-  struct = llvm.StructType.get_literal([i32] * count)
-  words = inline_ptx(ptx, [address], ",".join(["=r"] * count + ["r"]), struct)
-  return [llvm.extractvalue(i32, words, [i]) for i in range(count)]
+  return _load_matrices(address, count, ".trans")
+
+
+def load_matrices(address, count: int):
+  """As `load_matrices_transposed`, without transposing."""
+  return _load_matrices(address, count, "")
 
 
 def store_matrices_transposed(address, offset: int, words):
@@ -145,6 +143,17 @@ def store_matrices_transposed(address, offset: int, words):
   names = ", ".join(f"${i + 1}" for i in range(len(words)))
   ptx = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0 + {offset}], {{{names}}};"
   inline_ptx(ptx, [address, *words], ",".join(["r"] * (1 + len(words))))
+
+
+def _load_matrices(address, count, transposed):
+  i32 = ir.IntegerType.get_signless(32)
+  names = ", ".join(f"${i}" for i in range(count))
+  ptx = f"ldmatrix.sync.aligned.m8n8.x{count}{transposed}.shared.b16 {{{names}}}, [${count}];"
+  if count == 1:
+    return [inline_ptx(ptx, [address], "=r,r", i32)]
+  struct = llvm.StructType.get_literal([i32] * count)
+  words = inline_ptx(ptx, [address], ",".join(["=r"] * count + ["r"]), struct)
+  return [llvm.extractvalue(i32, words, [i]) for i in range(count)]
 
 
 def store_f32(address, offset: int, value):
@@ -268,14 +277,15 @@ def wgmma(accumulator, a, b, *, a_transposed: bool, b_transposed: bool, swizzle:
 
   Args:
     accumulator: f32 `[M, N]`, M a multiple of 64, N of 8 and at most 256.
-    a: `[K / e, M, e]`, or `[M / e, K, e]` where transposed.
+    a: `[K / e, M, e]`, or `[M / e, K, e]` where transposed; or an array in registers, `a_transposed` then being None.
     b: `[N / e, K, e]`, or `[K / e, N, e]` where transposed.
     a_transposed, b_transposed: which of these it is.
     swizzle: 128, 64 or 32.
   """
   fold = lambda ref: _utils.memref_unfold(ref, 1, (None, 8))
   # mgpu wants tiles by row and column, whatever their place in memory: (M, K) of a, (K, N) of b.
-  a = _utils.memref_transpose(fold(a), (0, 1, 3, 2) if a_transposed else (1, 0, 2, 3))
+  if a_transposed is not None:
+    a = _utils.memref_transpose(fold(a), (0, 1, 3, 2) if a_transposed else (1, 0, 2, 3))
   b = _utils.memref_transpose(fold(b), (0, 1, 3, 2) if b_transposed else (1, 0, 2, 3))
   module = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
   result = module.wgmma(module.WGMMAAccumulator.from_registers(accumulator), a, b, swizzle=swizzle)
@@ -283,3 +293,68 @@ def wgmma(accumulator, a, b, *, a_transposed: bool, b_transposed: bool, swizzle:
   nvvm.wgmma_wait_group_sync_aligned(0)
   # Nothing may read the registers before the wait above.
   return _fragments.optimization_barrier(result._value).to_layout(_fragments.WGMMA_LAYOUT)
+
+
+def fetch_add(counter, place, predicate, cluster: int = 1):
+  """One thread adds 1 to an i32 in device memory and stores what was there before to shared memory; nobody waits for it.
+
+  Args:
+    counter: byte address in device memory, i64.
+    place: byte address in shared memory, i32.
+    predicate: i1, which thread.
+    cluster: blocks of a cluster; the first of them fetches for all, each of which gets it at its `place`.
+  """
+  flag = arith.extui(ir.IntegerType.get_signless(32), predicate)
+  fetch = "@p atom.global.add.u32 v, [$0], 1; "
+  if cluster == 1:
+    ptx = "setp.ne.u32 p, $2, 0; " + fetch + "@p st.shared.u32 [$1], v; "
+  else:
+    ptx = "mov.u32 a, %cluster_ctarank; setp.eq.u32 p, a, 0; setp.ne.and.u32 p, $2, 0, p; " + fetch
+    for member in range(cluster):
+      ptx += f"@p mapa.shared::cluster.u32 a, $1, {member}; @p st.shared::cluster.u32 [a], v; "
+    ptx += "fence.acq_rel.cluster; "
+  inline_ptx("{ .reg .pred p; .reg .u32 v, a; " + ptx + "}", [counter, place, flag], "l,r,r")
+
+
+def halves_of_rows(ref, halves, depth: int, dtype, *, transposed: bool, swizzle: int):
+  """A tile of 64 rows from shared memory as operand A of wgmma in registers; rows of absent halves are 0.
+
+  Args:
+    ref: `[depth / e, 64, e]`, or `[64 / e, depth, e]` where transposed, in rows of `swizzle` bytes, e entries.
+    halves: i32 splat; bit 0: rows 0-31 are there, bit 1: rows 32-63.
+    depth: of the sum.
+    dtype: bfloat16 or float16.
+    transposed: whether rows run fastest.
+    swizzle: 64, so e = 32.
+  """
+  if swizzle != 64:
+    raise ValueError(f"halves_of_rows takes rows of 64 bytes, got {swizzle}.")
+  lane = arith.andi(thread_index(), const32(31))
+  warp = arith.andi(arith.shrui(thread_index(), const32(5)), const32(3))
+  row, matrix = arith.andi(lane, const32(7)), arith.shrui(lane, const32(3))
+  # Lanes 8 i ... 8 i + 7 address the rows of matrix i: rows 0-7 and 8-15 of the warp's 16, then the same 8 further on.
+  row_half, depth_half = arith.andi(matrix, const32(1)), arith.shrui(matrix, const32(1))
+  half = arith.shrui(warp, const32(1))
+  bit = arith.andi(arith.shrui(halves.registers.item(), half), const32(1))
+  keep = arith.subi(const32(0), bit)
+  scaled = lambda x, factor: arith.muli(x, const32(factor))
+  base = shared_address(ref)
+  words = []
+  for start in range(0, depth, 16):
+    if transposed:  # slab of 32 rows, then the sum, then 16-byte pieces of 8 rows
+      line = arith.addi(const32(start), arith.addi(scaled(depth_half, 8), row))
+      piece = arith.addi(scaled(arith.andi(warp, const32(1)), 2), row_half)
+      slab = scaled(half, depth * swizzle)
+    else:
+      line = arith.addi(scaled(warp, 16), arith.addi(scaled(row_half, 8), row))
+      piece = arith.addi(const32(start % 32 // 8), depth_half)
+      slab = const32(start // 32 * 64 * swizzle)
+    piece = arith.xori(piece, arith.andi(arith.shrui(line, const32(1)), const32(3)))
+    address = arith.addi(arith.addi(base, slab), arith.addi(scaled(line, swizzle), scaled(piece, 16)))
+    words += _load_matrices(address, 4, ".trans" if transposed else "")
+  pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == "bfloat16" else ir.F16Type.get())
+  layout = _fragments.WGMMA_LAYOUT
+  registers = np.array([llvm.bitcast(pair, arith.andi(word, keep)) for word in words], dtype=object)
+  return _fragments.FragmentedArray(
+    _registers=registers.reshape(layout.registers_shape((64, depth))), _layout=layout, _is_signed=None
+  )

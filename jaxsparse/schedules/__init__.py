@@ -11,16 +11,17 @@ from jaxsparse.schedules._drop_fraction import AbstractDropFraction
 from jaxsparse.schedules._drop_fraction import ConstantFraction
 from jaxsparse.schedules._drop_fraction import CosineFraction
 from jaxsparse.schedules._drop_fraction import PiecewiseFraction
+from jaxsparse.schedules._ramps import AbstractRamp
 from jaxsparse.schedules._ramps import Cosine
 from jaxsparse.schedules._ramps import Linear
 from jaxsparse.schedules._ramps import OneShot
 from jaxsparse.schedules._ramps import Polynomial
-from jaxsparse.schedules._ramps import RampThenHold
 
 __all__ = [
   "AbstractDecay",
   "AbstractDropFraction",
   "AbstractMaskSchedule",
+  "AbstractRamp",
   "Alternating",
   "ConstantFraction",
   "Cosine",
@@ -32,6 +33,5 @@ __all__ = [
   "Periodic",
   "PiecewiseFraction",
   "Polynomial",
-  "RampThenHold",
   "Static",
 ]

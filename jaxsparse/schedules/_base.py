@@ -69,6 +69,11 @@ def in_window(count: Count, every: int, start: int, stop: int | None) -> jax.Arr
   return due if stop is None else due & (count < stop)
 
 
+def time_share(count: Count, start: int, stop: int) -> jax.Array:
+  """The share of [start, stop) that has passed; shape=(), float32 in [0, 1]."""
+  return jnp.clip(jnp.asarray(count) - start, 0, stop - start).astype(jnp.float32) / (stop - start)
+
+
 def window_fraction(count: Count, every: int, start: int, stop: int) -> jax.Array:
   """Position of a count between the first refresh (0) and the last one below stop (exactly 1)."""
   last = start + (stop - 1 - start) // every * every

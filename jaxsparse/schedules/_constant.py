@@ -38,8 +38,7 @@ class Periodic(_base.AbstractMaskSchedule):
   def elapsed(self, count):
     if self.stop is None:
       return jnp.zeros((), jnp.float32)
-    done = jnp.clip(jnp.asarray(count) - self.start, 0, self.stop - self.start)
-    return done.astype(jnp.float32) / (self.stop - self.start)
+    return _base.time_share(count, self.start, self.stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +91,7 @@ class Alternating(_base.AbstractMaskSchedule):
     return sparse.astype(jnp.float32)
 
   def elapsed(self, count):
-    done = jnp.clip(jnp.asarray(count) - self.start, 0, self.stop - self.start)
-    return done.astype(jnp.float32) / (self.stop - self.start)
+    return _base.time_share(count, self.start, self.stop)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Schedules that raise the sparsity step by step, and the one that does it at once."""
 
+import abc
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from jaxsparse.schedules import _base
@@ -27,144 +29,99 @@ class OneShot(_base.AbstractMaskSchedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Polynomial(_base.AbstractMaskSchedule):
-  """Progress 1 - (1 - tau) ** power, refreshed every `every` updates in [start, stop).
+class AbstractRamp(_base.AbstractMaskSchedule):
+  """Refreshes every `every` updates in [start, stop); the sparsity grows along a curve and stays at its end.
 
-  tau runs from 0 at the first refresh to 1 at the last one before `stop`; power 3 is the cubic ramp of gradual
-  magnitude pruning (Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878).
+  tau runs from 0 at the first refresh to exactly 1 at the last one of the ramp.
 
   Args:
     every: updates between refreshes.
     stop: refreshes end before this count.
     start: count of the first refresh.
+    ramp_stop: the ramp ends before this count, refreshes go on at the final sparsity (GraNet's regrowth); None takes
+      `stop`.
+
+  Raises:
+    ValueError: unless start < ramp_stop <= stop and every >= 1.
+  """
+
+  every: int
+  stop: int
+  start: int = 0
+  ramp_stop: int | None = dataclasses.field(default=None, kw_only=True)
+
+  def __post_init__(self):
+    name = type(self).__name__
+    _base.check_window(name, self.every, self.start, self.stop)
+    if self.ramp_stop is not None:
+      _base.check_window(f"{name} (ramp_stop)", self.every, self.start, self.ramp_stop)
+      if self.ramp_stop > self.stop:
+        raise ValueError(f"{name}: ramp_stop={self.ramp_stop} must not exceed stop={self.stop}.")
+    self._check()
+
+  def _check(self) -> None:
+    """Errors for what a curve adds."""
+
+  @abc.abstractmethod
+  def curve(self, tau: jax.Array) -> jax.Array:
+    """Progress at tau in [0, 1]; shape=(), float32, exactly 1 at 1."""
+
+  @property
+  def ramps(self):
+    return True
+
+  def due(self, count):
+    return _base.in_window(count, self.every, self.start, self.stop)
+
+  def progress(self, count):
+    stop = self.stop if self.ramp_stop is None else self.ramp_stop
+    return self.curve(_base.window_fraction(count, self.every, self.start, stop))
+
+  def elapsed(self, count):
+    return _base.time_share(count, self.start, self.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Polynomial(AbstractRamp):
+  """Progress 1 - (1 - tau) ** power: with power 3, the cubic ramp of gradual magnitude pruning.
+
+  Args:
+    every, stop, start, ramp_stop: of `AbstractRamp`.
     power: positive; 1 is linear, 3 cubic.
 
   Raises:
-    ValueError: stop <= start, every < 1, start < 0 or power <= 0.
+    ValueError: as `AbstractRamp`, and for power <= 0.
 
   >>> [round(float(Polynomial(every=10, stop=31).progress(t)), 3) for t in (0, 10, 20, 30)]
   [0.0, 0.704, 0.963, 1.0]
+  >>> [round(float(Polynomial(every=10, ramp_stop=21, stop=50).progress(t)), 3) for t in (0, 10, 20, 30)]
+  [0.0, 0.875, 1.0, 1.0]
+
+  References:
+    Zhu and Gupta, To prune, or not to prune, 2017, https://arxiv.org/abs/1710.01878.
   """
 
-  every: int
-  stop: int
-  start: int = 0
   power: float = 3.0
 
-  def __post_init__(self):
-    _base.check_window("Polynomial", self.every, self.start, self.stop)
+  def _check(self):
     if not self.power > 0:
       raise ValueError(f"Polynomial: power={self.power!r} must be positive.")
 
-  @property
-  def ramps(self):
-    return True
-
-  def due(self, count):
-    return _base.in_window(count, self.every, self.start, self.stop)
-
-  def progress(self, count):
-    return 1 - (1 - self.elapsed(count)) ** self.power
-
-  def elapsed(self, count):
-    return _base.window_fraction(count, self.every, self.start, self.stop)
+  def curve(self, tau):
+    return 1 - (1 - tau) ** self.power
 
 
 @dataclasses.dataclass(frozen=True)
-class RampThenHold(_base.AbstractMaskSchedule):
-  """`Polynomial` over [start, ramp_stop), then refreshes at the final sparsity until `stop` (GraNet).
+class Linear(AbstractRamp):
+  """Progress tau. Arguments and errors of `AbstractRamp`."""
 
-  Drop fractions decay over the whole of [start, stop).
-
-  Args:
-    every: updates between refreshes.
-    ramp_stop: the final sparsity is reached at the last refresh before this count.
-    stop: refreshes end before this count.
-    start: count of the first refresh.
-    power: positive; 1 is linear, 3 cubic.
-
-  Raises:
-    ValueError: unless start < ramp_stop <= stop, every >= 1 and power > 0.
-
-  >>> [round(float(RampThenHold(every=10, ramp_stop=21, stop=50).progress(t)), 3) for t in (0, 10, 20, 30)]
-  [0.0, 0.875, 1.0, 1.0]
-  """
-
-  every: int
-  ramp_stop: int
-  stop: int
-  start: int = 0
-  power: float = 3.0
-
-  def __post_init__(self):
-    _base.check_window("RampThenHold (ramp_stop)", self.every, self.start, self.ramp_stop)
-    _base.check_window("RampThenHold", self.every, self.start, self.stop)
-    if self.ramp_stop > self.stop:
-      raise ValueError(f"RampThenHold: ramp_stop={self.ramp_stop} must not exceed stop={self.stop}.")
-    if not self.power > 0:
-      raise ValueError(f"RampThenHold: power={self.power!r} must be positive.")
-
-  @property
-  def ramps(self):
-    return True
-
-  def due(self, count):
-    return _base.in_window(count, self.every, self.start, self.stop)
-
-  def progress(self, count):
-    return 1 - (1 - _base.window_fraction(count, self.every, self.start, self.ramp_stop)) ** self.power
-
-  def elapsed(self, count):
-    done = jnp.clip(jnp.asarray(count) - self.start, 0, self.stop - self.start)
-    return done.astype(jnp.float32) / (self.stop - self.start)
+  def curve(self, tau):
+    return tau
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(_base.AbstractMaskSchedule):
-  """Progress grows linearly from the first refresh to the last one in [start, stop)."""
+class Cosine(AbstractRamp):
+  """Progress (1 - cos(pi tau)) / 2, slow at both ends. Arguments and errors of `AbstractRamp`."""
 
-  every: int
-  stop: int
-  start: int = 0
-
-  def __post_init__(self):
-    _base.check_window("Linear", self.every, self.start, self.stop)
-
-  @property
-  def ramps(self):
-    return True
-
-  def due(self, count):
-    return _base.in_window(count, self.every, self.start, self.stop)
-
-  def progress(self, count):
-    return self.elapsed(count)
-
-  def elapsed(self, count):
-    return _base.window_fraction(count, self.every, self.start, self.stop)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cosine(_base.AbstractMaskSchedule):
-  """Progress (1 - cos(pi tau)) / 2, slow at both ends, refreshed every `every` updates in [start, stop)."""
-
-  every: int
-  stop: int
-  start: int = 0
-
-  def __post_init__(self):
-    _base.check_window("Cosine", self.every, self.start, self.stop)
-
-  @property
-  def ramps(self):
-    return True
-
-  def due(self, count):
-    return _base.in_window(count, self.every, self.start, self.stop)
-
-  def progress(self, count):
-    tau = self.elapsed(count)
+  def curve(self, tau):
     return jnp.where(tau >= 1, jnp.float32(1), (1 - jnp.cos(jnp.pi * tau)) / 2)
-
-  def elapsed(self, count):
-    return _base.window_fraction(count, self.every, self.start, self.stop)

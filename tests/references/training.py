@@ -56,6 +56,20 @@ def gradual(params, batches, lr, *, every, start, stop, sparsity, score, first=0
     yield masks, params
 
 
+def stepwise_nm(params, batches, lr, *, every, start, stop, n, m):
+  """Magnitude pruning from m:m to n:m, evenly: at a refresh the largest |w| among the kept of each group survive."""
+  masks = {k: np.ones(p["kernel"].shape, bool) for k, p in params.items()}
+  for t, (x, y) in enumerate(batches):
+    grads = network.gradients(params, x, y)
+    if t in range(start, stop, every):
+      tau = Fraction(t - start, max(range(start, stop, every)) - start)
+      keep = m - math.floor((m - n) * tau)
+      ranked = {k: np.where(masks[k], np.abs(p["kernel"]), -1.0) for k, p in params.items()}
+      masks = {k: topk_units(w, keep, units_of(w.shape, "nm", m=m)) for k, w in ranked.items()}
+    params = descend(apply_masks(params, masks), grads, masks, lr)
+    yield masks, params
+
+
 def replace(mask, drop, grow, count):
   """Drops the `count` worst kept entries, grows as many of the best entries that are then not kept."""
   kept = mask.ravel().copy()

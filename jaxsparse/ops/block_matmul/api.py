@@ -1,6 +1,5 @@
 """`block_matmul`, its transposed product, and which implementation of them runs."""
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _dispatch
 from jaxsparse.ops.block_matmul import _plan
-from jaxsparse.ops.block_matmul import preference
+from jaxsparse.ops.block_matmul import choice as choices
 from jaxsparse.ops.block_matmul import vjp
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -30,7 +29,8 @@ def block_matmul(
   - "dense": decompresses, then a dense dot; runs everywhere, and wins where most blocks are kept.
   - "hopper": a kernel for H100 and H200: blocks with sides of 32, 64, 128 or 256 in bfloat16 or float16.
 
-  Without a name the best one for device, density and blocks is taken. Kernels need a plan of the positions: it is made
+  Without a name the best one is taken for device, shape, blocks and density, and for each product of the backward pass
+  by itself: above densities that were measured (`jaxsparse/ops/block_matmul/measured`), that is "dense". Kernels need a plan of the positions: it is made
   while tracing for a static weight; a dynamic one should carry it (`plan_blocks`), else it is derived in every call.
 
   Differentiable in reverse mode in x and the kept blocks: the backward pass is block-sparse as well
@@ -97,14 +97,8 @@ def which_block_matmul(
   op = "block_matmul_transposed" if transposed else "block_matmul"
   dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
   check(op, x, w, w.shape[1] if transposed and isinstance(w, _block_array.BlockArray) else None, dtype)
-  flat = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-
-  def problem():
-    from jaxsparse.ops.block_matmul import _hopper
-
-    return _hopper.supports(flat, w, transposed=transposed, out_dtype=dtype)
-
-  return choose(op, implementation, flat.shape[0], w, problem)
+  batch = math.prod(x.shape[:-1])
+  return choices.choose("dx" if transposed else "fwd", batch, x.dtype, w, implementation, dtype)
 
 
 def plan_blocks(w: _block_array.BlockArray) -> _block_array.BlockArray:
@@ -176,26 +170,14 @@ def _product(x, w, transposed, implementation, preferred_element_type):
   )
   # A named kernel is lowered for any platform, so that what cannot run says so.
   dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-  return _run(vjp.Call(choice.implementation, implementation is not None, dtype), transposed, x, w)
+  batch, product = math.prod(x.shape[:-1]), "dx" if transposed else "fwd"
+  return _run(choices.call(choice, product, batch, w, implementation, dtype), transposed, x, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call, transposed, x, w):
   y = vjp.matmul(call, transposed, x.reshape(-1, x.shape[-1]), w)
   return y.reshape(*x.shape[:-1], w.shape[0] if transposed else w.shape[1])
-
-
-def choose(op: str, named: str | None, batch: int, w: Any, kernel: Callable[[], str | None]) -> _dispatch.Choice:
-  """The implementation of one of the three products; `kernel` says why the GPU kernel cannot run."""
-  target = _dispatch.current_target()
-
-  def hopper():
-    if target.platform != "gpu":
-      return f"it needs an NVIDIA GPU; this is {target}."
-    return "the product is empty." if batch == 0 else kernel()
-
-  reasons = {name: lambda: None for name in vjp.IMPLEMENTATIONS} | {"hopper": hopper}
-  return _dispatch.choose(op, named, reasons, preference.order(w, target), target)
 
 
 def check(op: str, x: Any, w: Any, width: int | None, out: Any) -> None:

@@ -30,12 +30,14 @@ class Call:
   """What is static in a call.
 
   Attributes:
-    implementation: one of `IMPLEMENTATIONS`, for all derivatives too.
+    fwd, dx, dw: which of `IMPLEMENTATIONS` computes `x @ w`, `dy @ w.T` and `x.T @ dy` at the kept blocks.
     strict: whether a kernel must run, or may give way to XLA where the computation ends up on another device.
     out_dtype: of the result.
   """
 
-  implementation: str
+  fwd: str
+  dx: str
+  dw: str
   strict: bool
   out_dtype: Any
 
@@ -43,9 +45,10 @@ class Call:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def matmul(call: Call, transposed: bool, x: jax.Array, w: _block_array.BlockArray) -> jax.Array:
   """`[B, K] @ [K, O] -> [B, O]`, or `[B, O] @ [K, O].T -> [B, K]`."""
-  if call.implementation == "hopper":
+  implementation = call.dx if transposed else call.fwd
+  if implementation == "hopper":
     return _on_gpu(_matmul_kernel(transposed, call.out_dtype), call)((x,), w)
-  return getattr(matmul_paths, call.implementation)(x, w, transposed, call.out_dtype)
+  return getattr(matmul_paths, implementation)(x, w, transposed, call.out_dtype)
 
 
 def _matmul_forward(call, transposed, x, w):
@@ -67,9 +70,9 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sampled(call: Call, x: jax.Array, dy: jax.Array, at: _block_array.BlockArray) -> jax.Array:
   """`[B, K].T @ [B, O]` at the blocks of `at`: `[N, bk, bo]`."""
-  if call.implementation == "hopper":
+  if call.dw == "hopper":
     return _on_gpu(_sampled_kernel(call.out_dtype), call)((x, dy), at)
-  return getattr(sampled_paths, call.implementation)(x, dy, at, call.out_dtype)
+  return getattr(sampled_paths, call.dw)(x, dy, at, call.out_dtype)
 
 
 def _sampled_forward(call, x, dy, at):

@@ -19,7 +19,8 @@ _SMS = 132
 _CLUSTERED_SMS = 112  # that clusters of more than two surely fill
 _WORTH_A_CLUSTER = 16 << 20  # bytes of x through the L2 cache
 _STEP_BYTES = 2560  # a step of at most this, so that patterns with small chunks wait less often
-_RING_BYTES, _LARGE_RING_BYTES = 77_000, 112_000  # weights in flight in a block
+# Weights in flight in a block. Fewer where x is much beside them: they would come before it.
+_SMALL_RING_BYTES, _RING_BYTES, _LARGE_RING_BYTES = 60_000, 77_000, 112_000
 _PHASE_K = 1024  # K of x in shared memory at a time ...
 _WHOLE_X = 64 * 1024  # ... unless the whole of it has at most these bytes
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
@@ -235,6 +236,8 @@ def default_tuning(batch, layout) -> Tuning:
     depth *= 2  # long runs: more warps hide the unpacking better
   size = next(c for c in (4, 2, 1) if c == 1 or c * chunk.nbytes <= _STEP_BYTES and not (chunks % c or share % c))
   ring = _RING_BYTES if batch > 8 or singles or layout.bits < 16 else _LARGE_RING_BYTES
+  if batch > 8 and layout.bits == 4:
+    ring = _SMALL_RING_BYTES
   stages = max(2, min(8, ring // (rows * depth * size * chunk.nbytes)))
   # Small parts of x start soon and do not hold up the weights.
   phase = _round_up(max(_PHASE_K // layout.step, depth * size * (2 if size == 4 else 1)), depth * size)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _dispatch
 from jaxsparse.ops.block_matmul import api as block_api
+from jaxsparse.ops.block_matmul import choice as choices
 from jaxsparse.ops.block_matmul import vjp
 
 
@@ -46,7 +47,7 @@ def sampled_matmul(
   x, dy = jnp.asarray(x), jnp.asarray(dy)
   choice = which_sampled_matmul(x, dy, at, implementation=implementation, preferred_element_type=preferred_element_type)
   dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-  return _run(vjp.Call(choice.implementation, implementation is not None, dtype), x, dy, at)
+  return _run(choices.call(choice, "dw", math.prod(x.shape[:-1]), at, implementation, dtype), x, dy, at)
 
 
 def which_sampled_matmul(
@@ -78,14 +79,7 @@ def which_sampled_matmul(
   if dy.dtype != x.dtype:
     raise TypeError(f"sampled_matmul: x is {x.dtype}, dy {dy.dtype}; make them equal: dy.astype(x.dtype).")
   batch = math.prod(x.shape[:-1])
-  flat = [jax.ShapeDtypeStruct((batch, a.shape[-1]), a.dtype) for a in (x, dy)]
-
-  def problem():
-    from jaxsparse.ops.sampled_matmul import _hopper
-
-    return _hopper.supports(*flat, at, out_dtype=out)
-
-  return block_api.choose("sampled_matmul", implementation, batch, at, problem)
+  return choices.choose("dw", batch, x.dtype, at, implementation, out)
 
 
 @functools.partial(jax.jit, static_argnums=0)
