@@ -2,6 +2,7 @@
 
 from jaxsparse import algorithms
 from jaxsparse import arrays
+from jaxsparse import calibration
 from jaxsparse import distributions
 from jaxsparse import forwards
 from jaxsparse import metrics
