@@ -19,6 +19,8 @@ _BLOCK = 128
 
 def block_rows(rows: int, multiple: int, wanted: int = _BLOCK) -> int:
   """Rows of a block: a divisor of `rows` and multiple of `multiple`, the largest up to `wanted`, unless that is tiny."""
+  if rows <= wanted:
+    return rows
   fitting = [b for b in range(multiple, rows + 1, multiple) if rows % b == 0]
   small = [b for b in fitting if wanted // 4 <= b <= wanted]
   return max(small) if small else min(b for b in fitting if b > wanted // 4)
