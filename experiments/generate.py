@@ -31,7 +31,7 @@ class Decoder:
 
   Args:
     model: of `language_models.load`.
-    length: tokens that the cache holds, prompt included.
+    length: tokens of prompt and answer together, at most.
     temperature: 0 takes the most likely token, 1 samples from the model's distribution.
     seed: of the samples.
   """
@@ -49,18 +49,18 @@ class Decoder:
     self._step = jax.jit(self._one_token, donate_argnums=0)
 
   def generate(self, prompt: list[int], end: frozenset[int] = frozenset()) -> Iterator[int]:
-    """Tokens after the prompt, until one of `end` or the cache is full.
+    """Tokens after the prompt, until one of `end` or the length is reached.
 
     Raises:
-      ValueError: an empty prompt, or one that does not fit the cache.
+      ValueError: an empty prompt, or one that does not fit.
     """
     if not prompt or len(prompt) >= self._length:
-      raise ValueError(f"The prompt has {len(prompt)} tokens; between 1 and {self._length - 1} fit the cache.")
+      raise ValueError(f"The prompt has {len(prompt)} tokens; between 1 and {self._length - 1} fit.")
     for token in prompt:
       token = self._feed(token)
     while int(token) not in end:
       yield int(token)
-      if self._position == self._length:
+      if self._position + 1 == self._length:
         return
       token = self._feed(token)
 

@@ -129,7 +129,7 @@ def _plot(path: pathlib.Path, out: dict[str, Any]) -> None:
   axes.set_xlabel("block")
   axes.set_ylabel("squared error of the output, relative")
   axes.set_title(f"{out['config']['method']['name']}, {100 * out['sparsity']:.1f} % removed", fontsize=10)
-  axes.legend(frameon=False, fontsize=9, ncols=4)
+  fig.legend(frameon=False, fontsize=9, loc="outside right center")
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(alpha=0.25)
   fig.savefig(path)

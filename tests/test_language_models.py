@@ -33,7 +33,7 @@ CONFIG = llama.Config(
   heads=4,
   kv_heads=2,
   head_dim=8,
-  hidden=64,
+  hidden=32,
   rope_theta=1e4,
   layers=2,
   vocabulary=64,
@@ -45,7 +45,7 @@ JSON = {
   "hidden_size": 32,
   "num_attention_heads": 4,
   "num_key_value_heads": 2,
-  "intermediate_size": 64,
+  "intermediate_size": 32,
   "num_hidden_layers": 2,
   "vocab_size": 64,
   "rms_norm_eps": 1e-6,
@@ -307,7 +307,9 @@ def toy_config(name, **change):
 def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path, monkeypatch):
   monkeypatch.setattr(tokenizer, "load", lambda path: Letters())
   repair_options = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "distill": 1.0, "dense_baseline": False}
-  config = toy_config("smollm2_alps", repair=repair_options, batch_size=4, quantize={"bits": 8, "group": 16})
+  method = {"name": "wanda", "refit": 5}
+  config = toy_config("smollm2_sparsegpt", method=method, ridge=0.1, repair=repair_options, batch_size=4)
+  config.quantize.update({"bits": 8, "group": 16})
   before = jax.tree.map(jnp.copy, model.params)
   report = prune_lm.prune_lm(config, tmp_path, model=model, rows=rows)
   assert same_trees(model.params, before), "the caller's model has changed"

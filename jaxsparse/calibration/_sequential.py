@@ -91,8 +91,14 @@ def collect(
   Raises:
     ValueError: a name is no leaf, or a weight was not passed to `product`, or in two calls.
   """
+  output, _, inputs = _collect(apply_block, params, hidden, linears, gram=gram, sketch=sketch, dense=dense)
+  return output, inputs
+
+
+def _collect(apply_block, params, hidden, linears, *, gram, sketch, dense):
+  """`collect`, with the output of the dense block as well."""
   output, seen = _observe(apply_block, params, hidden, linears)
-  other = {} if dense is None else _observe(apply_block, *dense, linears)[1]
+  dense_output, other = (None, {}) if dense is None else _observe(apply_block, *dense, linears)
 
   def summed(names, x):
     second = other.get(names)
@@ -102,7 +108,7 @@ def collect(
     probes = rows[:: max(1, rows.shape[0] // _PROBES)][:_PROBES].astype(jnp.float32)
     return Inputs(_statistics.update(empty, x, second=second), probes)
 
-  return output, {names: summed(names, x) for names, x in seen.items()}
+  return output, dense_output, {names: summed(names, x) for names, x in seen.items()}
 
 
 def stream_statistics(
@@ -172,8 +178,11 @@ def prune_blocks(
   beside = list(hidden) if cross else None  # the dense model's stream
   for index, block in enumerate(blocks):
     params, masks, errors = block, {}, {}
-    for only in stream.order(block, hidden) if layer_by_layer else [None]:
-      for names, inputs in stream.collect(params, hidden, block, beside, only=only, advance=not sequential):
+    rounds = stream.order(block, hidden) if layer_by_layer else [None]
+    for only in rounds:
+      # The last round reaches far enough to move the stream on whose block it does not change.
+      advance = only == rounds[-1] and (cross or not sequential)
+      for names, inputs in stream.collect(params, hidden, block, beside, only=only, advance=advance):
         label = {short: f"blocks/{index}/{short}" for short in names}
         _statistics.check_statistics(inputs.statistics, ", ".join(label.values()), full_rank=gram)
         before = {label[short]: w for short, w in _weights(block, names).items()}
@@ -182,11 +191,8 @@ def prune_blocks(
           pruned, masks[short] = after[label[short]]
           errors[short] = float(_relative_error(inputs.probes, before[label[short]], pruned))
           params = _exchange(params, {short: pruned})
-    if index + 1 < len(blocks):
-      if sequential:
-        stream.advance(params, hidden)
-      if beside is not None:
-        stream.advance(block, beside)
+    if sequential and index + 1 < len(blocks):
+      stream.advance(params, hidden)
     yield PrunedBlock(index, params, masks, errors)
 
 
@@ -218,7 +224,10 @@ class _Stream:
     return self._order[key]
 
   def collect(self, params, hidden, dense_params=None, beside=None, *, only=None, advance=False):
-    """(names, Inputs) of each input, over all batches; with `advance` the batches become the block's outputs."""
+    """(names, Inputs) of each input, over all batches.
+
+    With `advance` the batches `beside`, where there are any, or else `hidden` become the outputs of their block.
+    """
     names = [only] if only else self.order(params, hidden)
     total, probes = None, []
     for i, x in enumerate(hidden):
@@ -233,7 +242,7 @@ class _Stream:
       output, total, some = self._step(params, x, dense, total, only=only, advance=advance)
       probes.append(some)
       if advance:
-        hidden[i] = output
+        (hidden if beside is None else beside)[i] = output
     probes = [jnp.concatenate(parts) for parts in zip(*probes)]
     return [(n, Inputs(statistics, probe)) for n, statistics, probe in zip(names, total, probes)]
 
@@ -243,7 +252,8 @@ class _Stream:
       hidden[i] = self._apply(params, x)
 
   def _one_batch(self, params, x, dense, so_far, *, only, advance):
-    output, inputs = collect(self._apply_block, params, x, self._linears, dense=dense, **self._parts)
+    own, other, inputs = _collect(self._apply_block, params, x, self._linears, dense=dense, **self._parts)
+    output = own if dense is None else other
     chosen = [inputs[only]] if only else list(inputs.values())
     statistics = [one.statistics for one in chosen]
     if so_far is not None:
