@@ -25,13 +25,13 @@ quickstart: $(VENV)/.installed-quickstart
 	$(RUN) experiments/quickstart.py
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -n $(WORKERS) -m "not laws" tests jaxsparse
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not laws" tests jaxsparse
 
 # Every algorithm with every optimizer, of which `make test` runs a selection; then that selection as XLA compiles for users.
 # docs/decisions.md says when it last passed.
 test-laws: $(VENV)/.installed-test
-	$(RUN) -m pytest -n $(WORKERS) -m laws tests
-	JAXSPARSE_OPTIMISED_TESTS=1 $(RUN) -m pytest -n $(WORKERS) -m "not laws" tests/test_laws.py
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m laws tests
+	JAXSPARSE_OPTIMISED_TESTS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not laws" tests/test_laws.py
 
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .

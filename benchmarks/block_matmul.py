@@ -21,6 +21,7 @@ dense dot wins, by which `block_matmul` chooses. Without a GPU it runs at toy si
 import collections
 import concurrent.futures
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -41,6 +42,7 @@ import report
 import tqdm
 
 import jaxsparse as js
+from jaxsparse.ops.block_matmul import _hopper
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import arg_specs
 from jaxsparse.ops.block_matmul import vjp
@@ -230,7 +232,10 @@ def bound(case, pattern) -> tuple[float, str]:
     # Two blocks of 32 share an instruction.
     together = slots.reshape(len(slots), -1, own).any(2).sum() if own > 1 else 0
     needed["tensor cores"] = 2 * batch * (int(together) * _plan.UNIT * depth if own > 1 else kept)
-    needed["L2"] = 2 * (batch * entries * depth + math.ceil(batch / 256) * kept)
+    tuning = _hopper.tuning_for(batch, spec_of(case), not forward)
+    # A cluster of tiles along B loads w once.
+    across = -(-batch // (tuning.tile_b * tuning.cluster))
+    needed["L2"] = 2 * (batch * entries * depth + across * kept)
   times = {name: 1e6 * amount / _RATES[name] for name, amount in needed.items()}
   name = max(times, key=times.get)
   return times[name], name
@@ -373,10 +378,13 @@ def plot(path, rows, title):
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks(arg_specs.DENSITIES, [f"{d:g}" for d in arg_specs.DENSITIES])
+    ax.set_yticks([1, 2, 5, 10, 20], ["1x", "2x", "5x", "10x", "20x"])
+    ax.set_ylim(0.6, 25)
     ax.minorticks_off()
     ax.set_title(f"{product}, {block}", fontsize=10)
     ax.set_xlabel("density")
-  axes[0][0].set_ylabel("dense time / sparse time")
+  for ax in axes[:, 0]:
+    ax.set_ylabel("dense time / sparse time")
   handles = {}
   for ax in axes.flat:
     handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -440,12 +448,15 @@ def run(todo, rows, failed):
 
 
 def write(rows, failed, missing):
-  report.write_json(_OUT.value + ".json", rows, break_even=break_even(rows), rates=_RATES, failed=failed,
-                    not_measured=[list(name_of(case)) for case in missing])  # fmt: skip
+  report.write_json(
+    _OUT.value + ".json", rows, break_even=break_even(rows), rates=_RATES, failed=failed, not_measured=len(missing)
+  )
 
 
 def main(argv):
   del argv
+  if jax.default_backend() == "gpu":
+    importlib.import_module("jax.experimental.mosaic.gpu.profiler")  # what programs that were compiled elsewhere call
   began, path = time.monotonic(), pathlib.Path(_OUT.value + ".json")
   rows = json.loads(path.read_text())["rows"] if path.exists() else []
   todo, failed = cases(), []

@@ -1,6 +1,6 @@
 """The Markdown table and the plot of what `nm_matmul.py` measured.
 
-python benchmarks/nm_matmul_table.py results/nm_matmul.json [--columns=1,16,512] [--patterns=2:4] [--plot=results/nm_matmul.png]
+python benchmarks/nm_matmul_table.py results/nm_matmul.json [--columns=1,16,512] [--only=2:4] [--plot=results/nm_matmul.png]
 """
 
 import json
@@ -10,7 +10,7 @@ from absl import app
 from absl import flags
 
 _COLUMNS = flags.DEFINE_list("columns", ["1", "16", "64", "512", "2048", "4096", "8192"], "Numbers of rows of x.")
-_PATTERNS = flags.DEFINE_list("patterns", None, "Patterns in the table; default: all.")
+_ONLY = flags.DEFINE_list("only", None, "Patterns in the table; default: all.")
 _PLOT = flags.DEFINE_string("plot", None, "Where a plot goes.")
 
 
@@ -86,7 +86,7 @@ def main(argv):
   found = json.loads(pathlib.Path(argv[1]).read_text())
   if _PLOT.value:
     plot(_PLOT.value, found["rows"], title(found["environment"]))
-  rows = [row for row in found["rows"] if _PATTERNS.value is None or row["pattern"] in _PATTERNS.value]
+  rows = [row for row in found["rows"] if _ONLY.value is None or row["pattern"] in _ONLY.value]
   print(markdown(rows, [int(b) for b in _COLUMNS.value]))
 
 

@@ -4,8 +4,8 @@
 
 RigL on blocks: every 100 steps the blocks of the smallest sums of |weight| give their place to those with the largest sums of
 |gradient|. Weights, gradients and moments of the MLPs hold the kept blocks only, and all products of a step but one in 100
-are block-sparse. A step that changes the masks and the 99 after it are one program; it is compiled once. Data and the dense
-rest of the model are those of char_transformer.py. There, layers are stacked; here they are a list, since stacked layers
+are block-sparse. The step that changes the masks is a program, the 99 after it are another; each is compiled once. Data and the
+dense rest of the model are those of char_transformer.py. There, layers are stacked; here they are a list, since stacked layers
 are not stored compactly, and are stacked in every step, so that kernels are compiled for one layer.
 """
 
@@ -94,8 +94,12 @@ def init_params(updater: js.Updater, config: llama.Config, vocabulary: int) -> t
   return updater.compact_init(tree, key=1)
 
 
-def make_chunk(updater: js.Updater, config: llama.Config):
-  """(initial carry of parameters, chunk `(carry, text) -> (carry, mean loss)` of `--every` steps)."""
+def make_programs(updater: js.Updater, config: llama.Config):
+  """(initial carry of parameters and masks, a step after which masks may differ, and the steps up to the next of them).
+
+  The last two are functions `(carry, text) -> (carry, mean loss)`; the first of them ignores that there is nothing to change
+  when masks have found their place.
+  """
   rate = optax.warmup_cosine_decay_schedule(0, _RATE.value, _STEPS.value // 10, _STEPS.value, _RATE.value / 10)
   tx = optax.chain(optax.clip_by_global_norm(1.0), updater.wrap_optax(optax.adamw(rate, b2=0.99, weight_decay=0.1)))
   sparse = updater.storage == "compact"
@@ -109,7 +113,7 @@ def make_chunk(updater: js.Updater, config: llama.Config):
     starts = jax.random.randint(now, (_BATCH.value, 1), 0, text.size - _LENGTH.value)
     return jax.random.key_data(key), text[starts + jnp.arange(_LENGTH.value + 1)].astype(jnp.int32)
 
-  def step(carry, _, text):
+  def step(carry, _=None, *, text):
     params, state, key = carry
     key, windows = batch(key, text)
     value, grads = jax.value_and_grad(lambda p: loss(updater.forward_params(p, state), windows, config))(params)
@@ -127,30 +131,34 @@ def make_chunk(updater: js.Updater, config: llama.Config):
     updates, state = tx.update(grads, state, params, candidate_scores=scores)
     return (optax.apply_updates(params, updates), state, key), value
 
-  def chunk(carry, text):
-    # When masks have found their place this is a step like any other.
-    carry, first = refresh(carry, text) if sparse else step(carry, None, text)
-    carry, rest = jax.lax.scan(functools.partial(step, text=text), carry, length=_EVERY.value - 1)
-    return carry, (first + rest.sum()) / _EVERY.value
+  def steps(carry, text):
+    carry, values = jax.lax.scan(functools.partial(step, text=text), carry, length=_EVERY.value - 1)
+    return carry, values.mean()
 
-  return start, chunk
+  return start, refresh if sparse else step, steps
 
 
 def prepare(density: float, config: llama.Config, text: jax.Array, windows: jax.Array, vocabulary: int) -> dict:
   """What is run, compiled."""
   updater = make_updater(config, density)
-  start, chunk = make_chunk(updater, config)
+  start, refresh, steps = make_programs(updater, config)
   carry = start(*init_params(updater, config, vocabulary))
 
   def evaluate(params, state):
     found = jax.lax.map(lambda w: loss(updater.forward_params(params, state), w.astype(jnp.int32), config), windows)
     return found.mean()
 
+  step_programs = (functools.partial(jax.jit(f, donate_argnums=0).lower, carry, text=text) for f in (refresh, steps))
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    programs = list(
+      pool.map(
+        lambda lower: lower().compile(), [*step_programs, functools.partial(jax.jit(evaluate).lower, *carry[:2])]
+      )
+    )
   return dict(
     density=density,
     carry=carry,
-    chunk=jax.jit(chunk, donate_argnums=0).lower(carry, text).compile(),
-    evaluate=jax.jit(evaluate).lower(*carry[:2]).compile(),
+    **dict(zip(("refresh", "steps", "evaluate"), programs)),
     stored=sum(p.size for p in jax.tree.leaves(carry[0])),
   )
 
@@ -160,8 +168,9 @@ def train(run: dict, text: jax.Array) -> dict:
   carry, losses, seconds = run["carry"], [], []
   for _ in range(_STEPS.value // _EVERY.value):
     began = time.perf_counter()
-    carry, value = run["chunk"](carry, text)
-    losses.append(float(value))  # waits
+    carry, first = run["refresh"](carry, text=text)
+    carry, rest = run["steps"](carry, text=text)
+    losses.append(float((first + rest * (_EVERY.value - 1)) / _EVERY.value))  # waits
     seconds.append(time.perf_counter() - began)
   return {
     "density": run["density"],

@@ -63,6 +63,7 @@ from jaxsparse.algorithms import structure_decay
 from jaxsparse.algorithms import synflow
 from jaxsparse.algorithms import top_kast
 from jaxsparse.arrays import BlockArray
+from jaxsparse.arrays import FixedFanInArray
 from jaxsparse.arrays import NMArray
 from jaxsparse.config import create_updater
 from jaxsparse.config import updater_config
@@ -74,6 +75,7 @@ from jaxsparse.distributions import Uniform
 from jaxsparse.distributions import UniformPlus
 from jaxsparse.gradient_masking import topk_gradient
 from jaxsparse.masks import PackedMask
+from jaxsparse.masks import Positions
 from jaxsparse.masks import masks_from_zeros
 from jaxsparse.metrics import count_flops
 from jaxsparse.metrics import count_parameters
@@ -88,6 +90,7 @@ from jaxsparse.rules import Rules
 from jaxsparse.soft_threshold import SoftThreshold
 from jaxsparse.structures import Block
 from jaxsparse.structures import Channel
+from jaxsparse.structures import Compact
 from jaxsparse.structures import FixedFanIn
 from jaxsparse.structures import Frames
 from jaxsparse.structures import NM

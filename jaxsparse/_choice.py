@@ -50,16 +50,21 @@ def choose(updater, sparse, masks, progress, elapsed):
   views = [leaf.plan.structure for leaf in sparse]
   drop = [unit_scores(updater.drop, leaf, leaf.drop_state, leaf.inputs) for leaf in sparse]
   kept = None if masks is None else [view.mask_to_units(mask) for view, mask in zip(views, masks)]
+  grow = None
   if updater.grow is not None and masks is not None:
     grow = [
       unit_scores(updater.grow, leaf, leaf.grow_state, leaf.inputs._replace(key=jax.random.fold_in(leaf.key, 1)))
       for leaf in sparse
     ]
-    units = _drop_and_grow(updater, sparse, kept, drop, grow, progress, elapsed)
-  else:
-    among = kept if updater.forward.storage == "hard" else None
-    units = prune(updater, sparse, drop, among, progress)
+  units = choose_units(updater, sparse, kept, drop, grow, progress, elapsed)
   return [view.from_units(u, leaf.plan.shape) for view, u, leaf in zip(views, units, sparse)]
+
+
+def choose_units(updater, sparse, kept, drop, grow, progress, elapsed):
+  """`choose` on scores of units: masks of units from those kept now and their scores; None for `grow` only prunes."""
+  if grow is not None:
+    return _drop_and_grow(updater, sparse, kept, drop, grow, progress, elapsed)
+  return prune(updater, sparse, drop, kept if updater.forward.storage == "hard" else None, progress)
 
 
 def unit_scores(scorer, leaf, state, inputs):
@@ -118,12 +123,12 @@ def _drop_and_grow(updater, sparse, kept, drop, grow, progress, elapsed):
   for leaf, mask, dropped, grown, keep in zip(sparse, kept, drop, grow, keeps):
     plan, axes = leaf.plan, leaf.plan.structure.unit_axes(leaf.plan.shape)
     if plan.structure.swaps_within_groups:
-      total = _ceil(fraction * (keep * plan.leaf_shape.groups).astype(jnp.float32))
+      total = ceil(fraction * (keep * plan.leaf_shape.groups).astype(jnp.float32))
       low, high = plan.structure.counts_around_swap(mask, dropped, grown, keep, total, axes)
     else:
-      low = keep - _ceil(fraction * keep.astype(jnp.float32))
+      low = keep - ceil(fraction * keep.astype(jnp.float32))
       here = share is not None and plan.final_keep is not None
-      high = keep + _ceil(share * keep.astype(jnp.float32)) if here else keep
+      high = keep + ceil(share * keep.astype(jnp.float32)) if here else keep
     units.append(selection.drop_and_grow(mask, dropped, grown, low, high, axes))
   joint = [i for i, leaf in enumerate(sparse) if leaf.plan.final_keep is None]
   if share is None or not joint:
@@ -132,7 +137,7 @@ def _drop_and_grow(updater, sparse, kept, drop, grow, progress, elapsed):
   shapes = [sparse[i].plan.leaf_shape for i in joint]
   total = sum(keeps[i] * (shape.size // shape.units) for i, shape in zip(joint, shapes))
   ranked = [selection.rank_last(grow[i], ~units[i]) for i in joint]
-  extra = updater.distribution.allocate(ranked, shapes, _ceil(share * total.astype(jnp.float32)))
+  extra = updater.distribution.allocate(ranked, shapes, ceil(share * total.astype(jnp.float32)))
   for i, more in zip(joint, extra):
     axes = sparse[i].plan.structure.unit_axes(sparse[i].plan.shape)
     units[i] = selection.drop_and_grow(units[i], drop[i], grow[i], keeps[i], keeps[i] + more, axes)
@@ -156,6 +161,6 @@ def _interpolate(first: int, last: int, size: int, progress) -> jax.Array:
   return size - jnp.where(progress >= 1, last, jnp.where(progress <= 0, first, between)).astype(jnp.int32)
 
 
-def _ceil(x: jax.Array) -> jax.Array:
+def ceil(x: jax.Array) -> jax.Array:
   # 0.3 * 10 is a little above 3 in float32; the slack keeps whole products whole.
   return jnp.ceil(x * (1 - 1e-6)).astype(jnp.int32)

@@ -1,6 +1,7 @@
 """The bridge from training to inference: parameters and masks in, sparse storage nodes out."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -86,8 +87,8 @@ def compress(
     masks: masks as `js.get_masks`, `updater.export` or `updater.instant_sparsify` give them: bool arrays, `PackedMask`,
       `optax.MaskedNode()` for dense leaves. Weights outside a mask are dropped, whatever they are.
     structure: the pattern to store. `js.NM(n, m)` (of `js.Frames`, the last one): its `stack_axes` say that leaves stack layers `[*S, K, O]`; it may not
-      name another reduction axis. `js.Block((bk, bo))`: the blocks in which a mask keeps anything; leaves that stack
-      layers stay dense. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8, 2:4, 4:8 that fits.
+      name another reduction axis. `js.Block((bk, bo))`: the blocks in which a mask keeps anything, of stacked
+      layers (`stack_axes`) with room for as many as the fullest of them keeps. None: for each leaf, the smallest of 1:16, 1:8, 1:4, 2:8, 2:4, 4:8 that fits.
     dtype: of the stored values; None keeps that of the weight. Leaves that stay dense are not changed.
     on_mismatch: "report" leaves a masked leaf that does not fit dense; "error" raises.
     return_report: also return a `CompressionReport`.
@@ -164,17 +165,21 @@ def _compress_leaf(label, value, node, structure, dtype) -> tuple[Any, str]:
 
 
 def _compress_blocks(label, value, mask, structure, dtype) -> tuple[Any, str]:
-  """A BlockArray, unless blocks do not tile the leaf or every block is kept."""
-  if structure.stack_axes:
-    return value, f"{structure!r} stacks layers, whose numbers of blocks differ; store one leaf for each layer."
-  bk, bo = structure.shape
-  if value.shape[0] % bk or value.shape[1] % bo:
+  """A BlockArray, unless blocks do not tile the leaf or every block is kept; stacked layers have room for the fullest."""
+  (bk, bo), (k, o) = structure.shape, value.shape[-2:]
+  if k % bk or o % bo:
     return value, f"blocks of {bk}x{bo} do not tile shape {tuple(value.shape)}."
   weight = value if dtype is None else jnp.asarray(value).astype(dtype)
-  blocks = BlockArray.from_dense(weight, structure.shape, mask, name=label)
-  if blocks.count == blocks.grid[0] * blocks.grid[1]:
+  stack, grid = value.shape[:-2], (k // bk, o // bo)
+  kept = mask.reshape(-1, grid[0], bk, grid[1], bo).any((2, 4))
+  count = int(kept.sum((1, 2)).max())
+  if count == grid[0] * grid[1]:
     return value, f"its mask keeps something in every block of {bk}x{bo}."
-  return blocks, ""
+  make = functools.partial(BlockArray.from_dense, block_shape=structure.shape, capacity=max(1, count), name=label)
+  layers = [make(w, mask=m) for w, m in zip(jnp.reshape(weight, (-1, k, o)), jnp.reshape(mask, (-1, k, o)))]
+  if not stack:
+    return layers[0], ""
+  return jax.tree.map(lambda *a: jnp.stack(a).reshape(*stack, *a[0].shape), *layers), ""
 
 
 def _wrong_shape(value, structure, stack) -> str:

@@ -101,18 +101,28 @@ def _hard_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, 
   """Refresh, clean the inner state, mask the gradient, step, project: parameters are masked after every update."""
   nodes = _refresh_if(updater, due, sparse, nodes, state.count)
   masks = [masks_lib.unpack(node) for node in nodes]
+  hold = due if updater.skip_step_when_due and sparse else None
+  updates, inner_state = step_masked(updater, inner, zero_map, grads, state, leaves, masks, hold, extra)
+  return updates, nodes, inner_state
+
+
+def step_masked(updater, inner, zero_map, grads, state, leaves, masks, hold, extra):
+  """A step of the inner optimizer that sees, and leaves, nothing but zeros off the masks: `(updates, inner state)`.
+
+  `hold` is None, or a bool (shape=()) at which the optimizer pauses.
+  """
   mask_tree = leaves.treedef.unflatten(masks)
   inner_state = _clean(inner, state.inner_state, mask_tree)
   masked_grads = _map_grads(leaves, grads, masks, lambda g, p, m: updater.forward.gradient(g, p, m, state.count))
   masked_params = leaves.treedef.unflatten([_where(m, p) for m, p in zip(masks, leaves.values)])
   extra = extra | {"masks": mask_tree}
-  if updater.skip_step_when_due and sparse:
-    updates, new_inner = _hold.update_unless(due, inner, masked_grads, inner_state, masked_params, extra)
+  if hold is not None:
+    updates, new_inner = _hold.update_unless(hold, inner, masked_grads, inner_state, masked_params, extra)
   else:
     updates, new_inner = inner.update(masked_grads, inner_state, masked_params, **extra)
   if not zero_map.keeps_zeros(inner, leaves):
     new_inner = _clean(inner, new_inner, mask_tree)
-  return _map_grads(leaves, updates, masks, _project), nodes, new_inner
+  return _map_grads(leaves, updates, masks, _project), new_inner
 
 
 def _dense_update(updater, inner, zero_map, grads, state, leaves, sparse, nodes, due, extra):

@@ -24,6 +24,7 @@ class LeafPlan:
     reason: why it stays dense, or where its pattern comes from.
     initial_keep, final_keep: units kept per group before and after the schedule; `final_keep` is None when a joint
       distribution decides at each refresh.
+    compact: whether the parameter holds only what is kept; `shape` is then that of the dense leaf.
   """
 
   name: str
@@ -33,6 +34,7 @@ class LeafPlan:
   reason: str
   initial_keep: int = 0
   final_keep: int | None = None
+  compact: bool = False
 
   def with_counts(self, keep: int) -> "LeafPlan":
     """The plan with one count throughout."""
@@ -100,6 +102,9 @@ def _plan_leaf(updater, name: str, label: str, value) -> tuple[LeafPlan, float |
     raise ValueError(
       f"{label} has shape {shape}: there is nothing to sparsify. Exclude it with the rule ({name!r}, None)."
     )
+  compact = isinstance(structure, structures.Compact)
+  if compact:
+    shape, structure = structure.shape, structure.structure
   if updater.surplus is not None and structure.swaps_within_groups:
     raise ValueError(
       f"{label}: {structure!r} keeps the count of every group, so nothing can grow beyond it for a while (surplus=); use "
@@ -108,7 +113,7 @@ def _plan_leaf(updater, name: str, label: str, value) -> tuple[LeafPlan, float |
   try:
     structure.validate(shape)
   except ValueError as error:
-    if updater.on_mismatch == "skip":
+    if updater.on_mismatch == "skip" and not compact:
       logging.warning("jaxsparse leaves %s dense: it has shape %s; %s", label, shape, error)
       return LeafPlan(name, label, shape, None, f"skipped: {error}"), None
     raise ValueError(
@@ -120,20 +125,21 @@ def _plan_leaf(updater, name: str, label: str, value) -> tuple[LeafPlan, float |
       f"{label}: a finer pattern may want back what a coarser one has removed, so {structure!r} needs dense storage, "
       f"such as forward=StraightThrough(), and a distribution with counts per leaf (not Global())."
     )
-  return LeafPlan(name, label, shape, structure, reason), sparsity
+  return LeafPlan(name, label, shape, structure, reason, compact=compact), sparsity
 
 
 def _settle_counts(updater, plans: list[LeafPlan], pinned: list[float | None]) -> list[LeafPlan]:
   """Fills in how many units each leaf keeps: fixed by its structure, by its rule, or shared out by the distribution."""
   final: dict[int, int | None] = {}
   shared = []
+  default = updater.structure.structure if isinstance(updater.structure, structures.Compact) else updater.structure
   for i, plan in enumerate(plans):
     if plan.structure is None:
       continue
     leaf = plan.leaf_shape
     implied = plan.structure.implied_keep(plan.shape)
     if implied is not None:
-      asked = updater.sparsity if pinned[i] is None and plan.structure == updater.structure else pinned[i]
+      asked = updater.sparsity if pinned[i] is None and plan.structure == default else pinned[i]
       _check_implied(plan, leaf, implied, asked)
       final[i] = implied
     elif pinned[i] is not None:

@@ -18,7 +18,8 @@ class SparsityState(NamedTuple):
   Attributes:
     count: shape=(), int32: updates seen.
     key: shape=(2,), uint32: `jax.random.key_data` of a threefry key; folded with `count`, never changed.
-    masks: tree like the parameters: bool (True = kept), `PackedMask`, or `optax.MaskedNode()` where dense.
+    masks: tree like the parameters: bool (True = kept), `PackedMask`, `Positions` where only what is kept is stored, or
+      `optax.MaskedNode()` where dense.
     drop_state, grow_state: tree like the parameters with the scorers' buffers, () when stateless.
     forward_state: () for every forward so far.
     inner_state: state of the wrapped optimizer.
@@ -73,6 +74,7 @@ def get_masks(opt_state: Any, tag: str | None = None) -> Any:
 
   Returns:
     A tree with bool arrays (True = kept; packed masks are unpacked) and `optax.MaskedNode()` where a leaf is dense.
+    Compact leaves have their `Positions`: a mask would be as large as the dense weight (`Positions.to_mask` makes one).
     Updaters over different leaves (`optax.partition`) are merged.
 
   Raises:
@@ -127,6 +129,11 @@ def set_masks(opt_state: Any, masks: Any, tag: str | None = None) -> Any:
 def require_set(node: Any) -> Any:
   """The node, or an error where masks have to be given first."""
   if isinstance(node, masks_lib.UnsetMask):
+    if node.structure is not None:
+      raise ValueError(
+        f"{node.owner} stores {node.structure!r}, and the optimizer state does not say where the values lie. Run "
+        "`params, masks = updater.compact_init(...)`, then `opt_state = jaxsparse.set_masks(tx.init(params), masks)`."
+      )
     raise ValueError(
       f"{node.owner} finds its masks before training. Run `pruned, masks = updater.instant_sparsify(params, "
       "loss_fn=..., batches=...)`, then `opt_state = jaxsparse.set_masks(tx.init(pruned), masks)`."
@@ -170,6 +177,8 @@ def _plain(state: SparsityState) -> SparsityState:
 
 def _replace(label: str, node: Any, mask: Any) -> Any:
   """A given mask in the storage of the one it replaces."""
+  if isinstance(mask, masks_lib.Positions) or getattr(node, "structure", None) is not None:
+    return _replace_positions(label, node, mask)
   if _tree.is_masked_node(node):
     if mask is None or _tree.is_masked_node(mask) or bool(np.all(np.asarray(_tree.to_array(mask)) != 0)):
       return node
@@ -189,3 +198,23 @@ def _replace(label: str, node: Any, mask: Any) -> Any:
   mask = jnp.asarray(mask)
   packed = isinstance(node, masks_lib.PackedMask) or (isinstance(node, masks_lib.UnsetMask) and node.packed)
   return masks_lib.pack(mask) if packed else mask
+
+
+def _replace_positions(label: str, node: Any, given: Any) -> Any:
+  """Given Positions, where the leaf is stored compactly; values outside of tracing are looked at."""
+  want = getattr(node, "structure", None)
+  if want is None:
+    raise ValueError(
+      f"{label} is Positions, but the leaf is not stored compactly: a mask of shape {tuple(node.shape)} is needed."
+    )
+  if not isinstance(given, masks_lib.Positions):
+    raise ValueError(f"{label} must be Positions of {want!r}, as compact_init gives them, got {type(given).__name__}.")
+  if given.structure != want or tuple(given.shape) != tuple(node.shape):
+    raise ValueError(
+      f"{label} has Positions of {given.structure!r} for values of shape {tuple(given.shape)}, the leaf stores {want!r} in "
+      f"shape {tuple(node.shape)}."
+    )
+  problem = "" if isinstance(given.indices, jax.core.Tracer) else given.problem()
+  if problem:
+    raise ValueError(f"{label}: {problem}")
+  return given

@@ -37,7 +37,7 @@ def is_masked_node(x: Any) -> bool:
 def is_mask_leaf(x: Any) -> bool:
   """Whether a node of a mask tree stands for one leaf of the parameters."""
   # masks.py imports this module; its node types are told by name to keep the imports one-way.
-  return is_masked_node(x) or type(x).__name__ in ("PackedMask", "UnsetMask") or isinstance(x, _ARRAYS)
+  return is_masked_node(x) or type(x).__name__ in ("PackedMask", "Positions", "UnsetMask") or isinstance(x, _ARRAYS)
 
 
 def flatten(params: Any) -> Leaves:

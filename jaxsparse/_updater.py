@@ -5,15 +5,16 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxsparse import _choice
 from jaxsparse import _engine
+from jaxsparse import _instant
 from jaxsparse import _plan
 from jaxsparse import _state
 from jaxsparse import _tree
 from jaxsparse import _zero_map
+from jaxsparse._compact import engine as _compact_engine
+from jaxsparse._compact import storage as _compact_storage
 from jaxsparse import distributions
 from jaxsparse import forwards
 from jaxsparse import masks as masks_lib
@@ -112,6 +113,8 @@ class Updater:
       raise ValueError("init_distribution= shares out the first masks of init= where distribution=Global() does later.")
     if self.init_distribution is not None and self.init_distribution.joint:
       raise ValueError(f"init_distribution={self.init_distribution!r} must give counts per leaf, such as ERK().")
+    if self.storage == "compact":
+      _compact_storage.check_updater(self)
 
   def __repr__(self):
     if self.call is not None:
@@ -127,6 +130,13 @@ class Updater:
   def prunes_at_init(self) -> bool:
     """Whether masks come from `instant_sparsify` and `set_masks` before the first step (SNIP, GraSP, SynFlow)."""
     return isinstance(self.drop, scorers.AbstractModelScorer)
+
+  @property
+  def storage(self) -> Literal["hard", "dense", "compact"]:
+    """What is stored while training: masked weights, dense weights, or only what is kept (a `Compact` structure)."""
+    said = [value[0] if isinstance(value, tuple) else value for _, value in self.rules.entries]
+    compact = any(isinstance(value, structures.Compact) for value in (self.structure, *said))
+    return "compact" if compact else self.forward.storage
 
   # -- training ------------------------------------------------------------------------------------------------------
 
@@ -155,12 +165,13 @@ class Updater:
     """
     inner = optax.with_extra_args_support(inner)
     zero_map = _zero_map.ZeroMap()
+    engine = _compact_engine if self.storage == "compact" else _engine
 
     def init_fn(params):
-      return _engine.init(self, inner, params, key, tag)
+      return engine.init(self, inner, params, key, tag)
 
     def update_fn(updates, state, params=None, **extra):
-      return _engine.update(self, inner, zero_map, updates, state, params, updates, extra)
+      return engine.update(self, inner, zero_map, updates, state, params, updates, extra)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -174,6 +185,8 @@ class Updater:
       key: seed, or PRNG key, of all random choices.
       tag: as in `wrap_optax`.
     """
+    if self.storage == "compact":
+      raise ValueError(f"{self!r} must clear the moments of what it replaces: use wrap_optax(inner), not transform().")
     identity = optax.with_extra_args_support(optax.identity())
     zero_map = _zero_map.ZeroMap()
 
@@ -197,6 +210,8 @@ class Updater:
       tag: which updater, where one optimizer holds several.
     """
     state = _state.get_sparsity_state(opt_state, tag)
+    if self.storage == "compact":
+      return _compact_storage.join(params, state.masks)
     return _map(params, state.masks, lambda p, m: self.forward.forward(p, m, state.count))
 
   def sparse_params(self, params: Any, opt_state: Any, tag: str | None = None) -> Any:
@@ -207,16 +222,92 @@ class Updater:
     parameters: there, use it only for evaluation.
     """
     state = _state.get_sparsity_state(opt_state, tag)
+    if self.storage == "compact":
+      return params
     return _map(params, state.masks, lambda p, m: self.forward.project(p, m, state.count))
 
   def export(self, params: Any, opt_state: Any, tag: str | None = None) -> tuple[Any, Any]:
     """The final parameters and their masks (bool, `optax.MaskedNode()` for dense leaves), whatever the storage."""
+    if self.storage == "compact":
+      masks = _state.get_masks(opt_state, tag)
+      return _compact_storage.join(params, masks, sort=True), masks
     return self.sparse_params(params, opt_state, tag), _state.get_masks(opt_state, tag)
 
   def due(self, opt_state: Any, tag: str | None = None) -> jax.Array:
     """shape=(), bool: whether the next `tx.update` refreshes the masks (as far as known, where that waits for an event)."""
     state = _state.get_sparsity_state(opt_state, tag)
     return self.schedule.due(_engine.schedule_count(self.schedule, state.count, state.inner_state))
+
+  def compact_init(self, params: Any, key: jax.Array | int = 0, *, gain: float = 1.0) -> tuple[Any, Any]:
+    """Parameters and positions for leaves with a `Compact` structure; the dense weight never exists.
+
+    Args:
+      params: a tree like the dense model's. Of compact leaves only shape and dtype are read, so `jax.ShapeDtypeStruct`
+        will do; a `FixedFanInArray` or `BlockArray` (of `js.compress`, say) brings its values and positions. Other
+        leaves are arrays, and pass.
+      key: seed, or PRNG key, of positions and values.
+      gain: values are N(0, gain^2 / fan_in), where fan_in counts the kept inputs of an output: 1 keeps the variance of
+        activations, sqrt(2) before a relu.
+
+    Returns:
+      `(params, masks)`: values in the place of compact leaves, and a tree with their `Positions` for `js.set_masks`
+      (`optax.MaskedNode()` for other leaves).
+
+    Raises:
+      ValueError, TypeError: for a leaf that does not fit its structure; the message names it.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import jaxsparse as js
+    >>> rules = js.Rules(("head", js.Compact(js.FixedFanIn(2), (8, 5))), ("body", None))
+    >>> updater = js.get_algorithm("set")(every=10, stop=100, rules=rules)
+    >>> tree = {"body": jnp.ones((4, 8)), "head": jax.ShapeDtypeStruct((8, 5), jnp.float32)}
+    >>> params, masks = updater.compact_init(tree, key=0)
+    >>> params["head"].shape
+    (2, 5)
+    >>> tx = updater.wrap_optax(optax.adam(1e-3))
+    >>> opt_state = js.set_masks(tx.init(params), masks)
+    >>> updater.forward_params(params, opt_state)["head"]
+    FixedFanInArray(2 of 8 inputs, shape=(8, 5), dtype=float32)
+    """
+    if self.storage != "compact":
+      raise ValueError(
+        f"{self!r} has no Compact structure: nothing is stored compactly, and tx.init takes the parameters."
+      )
+    key = jax.random.wrap_key_data(_engine.key_data(key), impl="threefry2x32")
+    return _compact_storage.init_params(self, params, key, gain)
+
+  def dense_params(self, params: Any, opt_state: Any, tag: str | None = None) -> Any:
+    """Parameters with dense weights `[K, O]` in the place of compact leaves: for a refresh by gradients of all weights.
+
+        dense_grads = jax.grad(dense_loss)(updater.dense_params(params, opt_state), batch)
+        grads, scores = updater.split_gradients(dense_grads, opt_state)
+        updates, opt_state = tx.update(grads, opt_state, params, candidate_scores=scores)
+
+    Args:
+      params: the stored parameters.
+      opt_state, tag: as in `forward_params`.
+    """
+    self._require_compact("dense_params")
+    return _compact_storage.densify(params, _state.get_sparsity_state(opt_state, tag).masks)
+
+  def split_gradients(self, dense_grads: Any, opt_state: Any, tag: str | None = None) -> tuple[Any, Any]:
+    """Gradients of `dense_params` -> (gradients of the stored parameters, `candidate_scores` for `tx.update`).
+
+    A block's score is the sum of |gradient| over it; of a fixed fan-in the candidates are the absent inputs with the
+    largest |gradient|, as many as the fan-in. Where the dense gradient is too large to exist, compute scores from the layer's
+    input and the derivative by its output: `js.ops.block_gradient_scores`, `js.ops.fan_in_candidates`.
+
+    Args:
+      dense_grads: a tree like `dense_params`.
+      opt_state, tag: as in `forward_params`.
+    """
+    self._require_compact("split_gradients")
+    return _compact_storage.split_gradients(dense_grads, _state.get_sparsity_state(opt_state, tag).masks)
+
+  def _require_compact(self, method: str):
+    if self.storage != "compact":
+      raise ValueError(f"{self!r} has no Compact structure: {method} is for parameters that hold only what is kept.")
 
   # -- without an optimizer ------------------------------------------------------------------------------------------
 
@@ -253,6 +344,10 @@ class Updater:
     >>> pruned["w"].tolist()
     [[0.0, -4.0], [3.0, 0.0]]
     """
+    if self.storage == "compact":
+      raise ValueError(
+        f"{self!r} has no dense weights to prune: use compact_init, or prune without Compact and compress."
+      )
     whole_model = isinstance(self.drop, scorers.AbstractModelScorer)
     if not whole_model and self.drop.needs:
       raise ValueError(
@@ -264,7 +359,7 @@ class Updater:
         f"{self!r} scores weights by {type(self.drop).__name__}, which needs gradients: pass loss_fn=(params, batch) "
         f"-> {self.drop.objective if whole_model else 'loss'} and batches=[...] to instant_sparsify."
       )
-    return _instant(self, params, key, loss_fn, list(batches) if batches is not None else [], masks)
+    return _instant.prune(self, params, key, loss_fn, list(batches) if batches is not None else [], masks)
 
   def describe(self, params: Any) -> str:
     """A table of what happens to each leaf: shape, structure, sparsity it ends with, and why."""
@@ -308,72 +403,3 @@ def _map(params, masks, fn):
   return leaves.treedef.unflatten(
     [p if _tree.is_masked_node(m) else fn(p, masks_lib.unpack(m)) for p, m in zip(leaves.values, nodes)]
   )
-
-
-def _instant(updater, params, key, loss_fn, batches, given):
-  """Scores, then one selection at the final counts; several rounds for scorers that ask for them."""
-  leaves = _tree.flatten(params)
-  plans = _plan.make_plan(updater, leaves)
-  key = jax.random.wrap_key_data(_engine.key_data(key), impl="threefry2x32")
-  sparse = [
-    _choice.Leaf(i, plan, leaves.values[i], None, jax.random.fold_in(key, i), {}, (), ())
-    for i, plan in enumerate(plans)
-    if plan.structure is not None
-  ]
-
-  def pruned(masks):
-    values = list(leaves.values)
-    for leaf, mask in zip(sparse, masks):
-      values[leaf.index] = jnp.where(mask, leaf.param, jnp.zeros((), leaf.param.dtype))
-    return leaves.treedef.unflatten(values)
-
-  if given is None:
-    allowed = [jnp.ones(leaf.plan.shape, bool) for leaf in sparse]
-  else:
-    nodes = _tree.match(leaves, given, "masks=")
-    whole = lambda leaf, node: jnp.ones(leaf.plan.shape, bool) if _tree.is_masked_node(node) else node
-    allowed = [jnp.asarray(masks_lib.unpack(whole(leaf, nodes[leaf.index]))) != 0 for leaf in sparse]
-  masks = allowed
-  if isinstance(updater.drop, scorers.AbstractModelScorer):
-    rounds = updater.drop.rounds
-    choose = jax.jit(lambda scores, masks, progress: _choice.select(updater, sparse, scores, masks, progress))
-    for r in range(1, rounds + 1):
-      scores = _tree.flatten(updater.drop.scores(pruned(masks), loss_fn, batches, jax.random.fold_in(key, r))).values
-      progress = (1 - (1 - updater.sparsity) ** (r / rounds)) / updater.sparsity if r < rounds else 1.0
-      masks = choose([scores[leaf.index] for leaf in sparse], masks, jnp.float32(progress))
-  else:
-    sparse = _score_inputs(updater.drop, sparse, params, loss_fn, batches)
-    if given is None:
-      masks = jax.jit(lambda: _choice.choose(updater, sparse, None, jnp.float32(1), jnp.float32(1)))()
-    else:
-      scores = lambda: [updater.drop.score(leaf.drop_state, leaf.inputs) for leaf in sparse]
-      masks = jax.jit(lambda: _choice.select(updater, sparse, scores(), allowed, jnp.float32(1)))()
-  if given is not None:
-    _check_within(sparse, masks, allowed)
-  nodes = [optax.MaskedNode()] * len(plans)
-  for leaf, mask in zip(sparse, masks):
-    nodes[leaf.index] = mask
-  return pruned(masks), leaves.treedef.unflatten(nodes)
-
-
-def _check_within(sparse, masks, allowed):
-  for leaf, mask, may in zip(sparse, masks, allowed):
-    beyond = jnp.any(mask & ~may)
-    if not isinstance(beyond, jax.core.Tracer) and beyond:
-      raise ValueError(
-        f"{leaf.plan.label}: masks= keep {int(may.sum())} of {may.size} weights, but {int(mask.sum())} are to be kept."
-      )
-
-
-def _score_inputs(scorer, sparse, params, loss_fn, batches):
-  """The leaves with the scorer's state over the batches, and the mean gradient, where the scorer uses gradients."""
-  sparse = [leaf._replace(drop_state=scorer.init(leaf.param)) for leaf in sparse]
-  if not scorer.uses_gradient:
-    return sparse
-  grad = jax.jit(jax.grad(loss_fn))
-  for batch in batches:
-    flat = _tree.flatten(grad(params, batch)).values
-    sparse = [leaf._replace(grad=flat[leaf.index]) for leaf in sparse]
-    sparse = [leaf._replace(drop_state=scorer.accumulate(leaf.drop_state, leaf.inputs)) for leaf in sparse]
-  mean = _tree.flatten(scorers.mean_gradient(loss_fn, params, batches)).values
-  return [leaf._replace(grad=mean[leaf.index]) for leaf in sparse]

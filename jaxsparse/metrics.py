@@ -40,12 +40,13 @@ def summarize_sparsity(tree: Any, only_total: bool = False, params: Any = None) 
   0.0
   """
   leaves = _mask_leaves(tree)
-  kept = {name: jnp.sum(leaf != 0, dtype=jnp.float32) for name, leaf in leaves.items()}
+  kept = {name: _count(leaf) for name, leaf in leaves.items()}
   sizes = {name: leaf.size for name, leaf in leaves.items()}
   if params is not None:
     every = _tree.flatten(params)
     _tree.match(every, tree, "masks")
-    sizes = {name: leaf.size for name, leaf in zip(every.names, every.values) if not _tree.is_masked_node(leaf)}
+    # Of a compact leaf the positions know how large the dense weight is.
+    sizes = {n: leaf.size for n, leaf in zip(every.names, every.values) if not _tree.is_masked_node(leaf)} | sizes
     kept = {name: kept.get(name, jnp.float32(size)) for name, size in sizes.items()}
   size = sum(sizes.values())
   total = 1 - sum(kept.values(), jnp.float32(0)) / size if size else jnp.float32(0)  # No masks: nothing is removed.
@@ -66,6 +67,7 @@ def summarize_intersection(masks_a: Any, masks_b: Any, only_total: bool = False)
   a, b = _mask_leaves(masks_a), _mask_leaves(masks_b)
   if a.keys() != b.keys():
     raise ValueError(f"The trees differ: only one of them has {sorted(a.keys() ^ b.keys())[:5]}.")
+  _refuse_positions({**a, **b}, "summarize_intersection")
   both = {n: jnp.sum((a[n] != 0) & (b[n] != 0), dtype=jnp.float32) for n in a}
   kept = {n: jnp.sum(a[n] != 0, dtype=jnp.float32) for n in a}
   total = sum(both.values(), jnp.float32(0)) / jnp.maximum(sum(kept.values(), jnp.float32(0)), 1)
@@ -76,6 +78,7 @@ def summarize_intersection(masks_a: Any, masks_b: Any, only_total: bool = False)
 def mask_churn(old: Any, new: Any) -> jax.Array:
   """Sparse architecture divergence (SAD): how many mask bits differ between two mask trees; shape=(), float32."""
   a, b = _mask_leaves(old), _mask_leaves(new)
+  _refuse_positions({**a, **b}, "mask_churn")
   return sum((jnp.sum((a[n] != 0) != (b[n] != 0), dtype=jnp.float32) for n in a), jnp.float32(0))
 
 
@@ -113,7 +116,7 @@ def _kept(params, masks) -> dict[str, int]:
   leaves = _tree.flatten(params)
   nodes = [None] * len(leaves.values) if masks is None else _tree.match(leaves, masks, "masks")
   return {
-    name: int(value.size) if node is None or _tree.is_masked_node(node) else int(jnp.sum(masks_lib.unpack(node)))
+    name: int(value.size) if node is None or _tree.is_masked_node(node) else _exact_count(masks_lib.unpack(node))
     for name, value, node in zip(leaves.names, leaves.values, nodes)
   }
 
@@ -121,7 +124,28 @@ def _kept(params, masks) -> dict[str, int]:
 def _mask_leaves(tree: Any) -> dict[str, Any]:
   paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_mask_leaf)[0]
   return {
-    _tree.leaf_name(path): masks_lib.unpack(node) if isinstance(node, masks_lib.PackedMask) else _tree.to_array(node)
+    _tree.leaf_name(path): node if isinstance(node, masks_lib.Positions) else _tree.to_array(masks_lib.unpack(node))
     for path, node in paths
     if not _tree.is_masked_node(node)
   }
+
+
+def _count(leaf) -> jax.Array:
+  if isinstance(leaf, masks_lib.Positions):
+    return leaf.kept_units.astype(jnp.float32) * leaf.unit_size
+  return jnp.sum(leaf != 0, dtype=jnp.float32)
+
+
+def _exact_count(leaf) -> int:
+  if isinstance(leaf, masks_lib.Positions):
+    return int(leaf.kept_units) * leaf.unit_size
+  return int(jnp.sum(leaf))
+
+
+def _refuse_positions(leaves: dict[str, Any], name: str) -> None:
+  for leaf, node in leaves.items():
+    if isinstance(node, masks_lib.Positions):
+      raise TypeError(
+        f"{name}: {leaf} has Positions, whose mask would be as large as the dense weight; where that is small, pass "
+        "Positions.to_mask()."
+      )

@@ -242,11 +242,16 @@ def swap_counts(mask, drop_scores, grow_scores, total_swaps, axis):
   as_float = lambda s: low(jnp.asarray(s).astype(jnp.float32))
   best = jnp.max(as_float(grow_scores), axes, keepdims=True, where=~mask, initial=-jnp.inf)
   worst = jnp.min(as_float(drop_scores), axes, keepdims=True, where=mask, initial=jnp.inf)
+  return share_swaps(best - worst, cap, total_swaps, groups)
+
+
+def share_swaps(gain, cap, total_swaps, groups, axis=None):
+  """The shares of `swap_counts`, from what a swap gains in each group and how many a group can swap (int32)."""
   total = jnp.maximum(_as_count(total_swaps), 0)
   base, extra = total // groups, total % groups
   # A group already at its cap ranks last, so that its extra swap is not lost.
-  gain = jnp.where(cap > base, low(best - worst), jnp.nan)
-  return jnp.minimum(base + topk_mask(gain, extra).astype(jnp.int32), cap)
+  gain = jnp.where(cap > base, jnp.where(jnp.isnan(gain), -jnp.inf, gain), jnp.nan)
+  return jnp.minimum(base + topk_mask(gain, extra, axis).astype(jnp.int32), cap)
 
 
 def _as_count(n):

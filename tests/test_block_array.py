@@ -184,6 +184,26 @@ def test_compress():
     js.compress(params, masks, structure=js.Channel())
 
 
+def test_compress_stacked_layers():
+  """Layers that keep different numbers of blocks, as `lax.scan` runs over them."""
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 16)), jnp.float32)
+  units = np.random.default_rng(1).random((3, 2, 4)) < np.array([0.2, 0.5, 0.8])[:, None, None]
+  mask = np.kron(units, np.ones((1, 4, 4))).astype(bool)
+  block = js.Block((4, 4), stack_axes=0)
+  tree, report = js.compress({"w": w}, {"w": jnp.asarray(mask)}, structure=block, return_report=True)
+  stacked = tree["w"]
+  most = int(units.sum((1, 2)).max())
+  assert stacked.ndim == 3 and stacked.capacity == most and stacked.count.tolist() == units.sum((1, 2)).tolist()
+  assert repr(stacked) == f"BlockArray(3 x {most} blocks of 4x4, shape=(8, 16), dtype=float32)"
+  assert report.leaves[0].pattern == "4x4 blocks" and report.leaves[0].bytes_after == stacked.nbytes
+  np.testing.assert_array_equal(stacked.to_dense(), np.where(mask, w, 0))
+  x = jnp.ones((5, 8))
+  _, y = jax.lax.scan(lambda _, layer: (None, js.ops.block_matmul(x, layer)), None, stacked)
+  np.testing.assert_allclose(y, jnp.where(mask, w, 0).sum(1, keepdims=True).repeat(5, 1), rtol=1e-5, atol=1e-5)
+  with pytest.raises(ValueError, match="one layer is needed"):
+    js.ops.block_matmul(x, stacked)
+
+
 def test_compress_after_pruning():
   params = {"k": jax.random.normal(jax.random.key(0), (32, 32))}
   pruned, masks = js.magnitude(sparsity=0.75, stop=1, structure=js.Block((8, 8))).instant_sparsify(params)

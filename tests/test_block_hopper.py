@@ -168,6 +168,11 @@ def test_which_on_gpu():
     assert js.ops.which_sampled_matmul(x, dy, w).implementation == "hopper"
     full = js.BlockArray.from_dense(jnp.ones((256, 256), jnp.bfloat16), (64, 64))
     assert js.ops.which_block_matmul(x, full).implementation == "dense"
+    # Each product by itself: with blocks of 32 the dense dot wins dw at a lower density than the others.
+    x, small, dy = case((32, 32), (8, 8), 0, 8, jnp.bfloat16, mask=np.arange(64).reshape(8, 8) % 10 < 3)
+    assert js.ops.which_block_matmul(x, small).implementation == "hopper"
+    choice = js.ops.which_sampled_matmul(x, dy, small)
+    assert choice.implementation == "dense" and "above 0.25: measured with 8192 x 8192, blocks of 32" in choice.reason
     wide = case((48, 64), (4, 4), 0.3, 8, jnp.bfloat16)
     assert "sides of 32, 64, 128 and 256" in js.ops.which_block_matmul(*wide[:2]).rejected["hopper"]
     single = case((64, 64), (4, 4), 0.3, 8)
@@ -183,5 +188,7 @@ def test_tunings():
   for bad, message in ((dict(tile_b=20), "multiple of 8"), (dict(tile_b=256, stages=6), "shared memory")):
     with pytest.raises(ValueError, match=message):
       tuning.Tuning(**bad)
+  with pytest.raises(ValueError, match="cluster of 1, 2 or 4"):
+    tuning.Tuning(256, cluster=3)
   with pytest.raises(ValueError, match="stages in"):
     sampled_tuning.Tuning(stages=9)

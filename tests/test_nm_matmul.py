@@ -503,17 +503,22 @@ def test_preference_agrees_with_what_was_measured():
 
 
 def test_benchmark_at_toy_size(tmp_path):
-  command = [sys.executable, "benchmarks/nm_matmul.py", "--quick", "--patterns=2:4", "--rounds=1", "--iterations=1"]
   root = pathlib.Path(__file__).parents[1]
-  done = subprocess.run(
-    [*command, f"--out={tmp_path}/nm"],
-    cwd=root,
-    env=os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
+
+  def run(script, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+  arguments = ["--quick", "--patterns=2:4", "--rounds=1", "--iterations=1", f"--out={tmp_path}/nm"]
+  run("nm_matmul", *arguments, "--shapes=square/4096")
+  first = json.loads((tmp_path / "nm.json").read_text())["rows"]
+  done = run("nm_matmul", *arguments, "--shapes=square/4096,llama3-8b/down", "--batches=13", "--resume")
   found = json.loads((tmp_path / "nm.json").read_text())
-  assert len(found["rows"]) == 8 and not found["failed"] and not found["not_measured"]
+  assert len(found["rows"]) == 2 and not found["failed"] and not found["not_measured"]
+  assert first[0] in found["rows"], "what is there is not measured again"
+  assert "| 2:4 | llama3-8b/down | 224 x 64 |" in run("nm_matmul_table", f"{tmp_path}/nm.json", "--columns=13").stdout
   assert all(row["implementation"] == "xla*" and row["error"] < 4e-3 and row["ratio"] > 0 for row in found["rows"])
   assert found["cusparselt"] == "no GPU" and "cuSPARSELt: no GPU" in done.stdout and (tmp_path / "nm.png").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -371,12 +372,17 @@ def test_the_switching_step(mean):
   assert (nu[2843:] == nu[2843]).all() and (nu[2842] != nu[2843]).all()
 
 
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
 @pytest.mark.parametrize("b2,squared", [(0.9, 1e-6), (0.95, 1e-5), (0.99, 1e-7)])
-def test_the_switching_step_elsewhere(b2, squared):
-  inner, params = js.scale_by_adam_nm(b2=b2, freeze_nu=js.AutoSwitch()), {"w": jnp.full((2, 2), squared**0.5)}
+def test_the_switching_step_elsewhere(b2, squared, mean):
+  """With gradients of two sizes: every change of nu is proportional to g^2, so the mean of g^2 decides."""
+  squares = np.array([[squared, 16 * squared]])
+  inner = js.scale_by_adam_nm(b2=b2, freeze_nu=js.AutoSwitch(mean=mean))
+  params = {"w": jnp.asarray(np.sqrt(squares), jnp.float32)}
   step = lambda state, _: (inner.update(params, state, params)[1], None)
   state = jax.jit(lambda s: jax.lax.scan(step, s, None, length=1200)[0])(inner.init(params))
-  assert int(state.frozen_at) == nm_training.switching_step(b2, squared, 1e-8)
+  middle = squares.mean() if mean == "arithmetic" else math.sqrt(squares.prod())
+  assert int(state.frozen_at) == nm_training.switching_step(b2, middle, 1e-8)
 
 
 @pytest.mark.parametrize("switch", [(0, 9), (14, 20), (0, 10**6)])

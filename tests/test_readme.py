@@ -1,5 +1,6 @@
 """The documentation runs: every Python block of README.md and docs/*.md, and its lists agree with the code."""
 
+import inspect
 import pathlib
 import re
 
@@ -39,6 +40,36 @@ def test_readme_has_code():
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
 def test_tables_list_all_algorithms(page):
   assert algorithm_names(ROOT / page) == list(js.all_algorithm_names())
+
+
+def documented_defaults() -> dict[str, dict[str, str]]:
+  """algorithm -> {argument: default, as text} in the table of defaults; "as `other`" takes those of the other."""
+  rows = re.findall(
+    r"^\| `(\w+)` \| (.*?) \| .*\n", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.MULTILINE
+  )
+  text = {name: cell for name, cell in rows if re.search(r"`\w+=|^as `|^none", cell)}
+
+  def defaults(name):
+    base = re.match(r"as `(\w+)`", text.get(name, ""))
+    own = dict(re.findall(r"`(\w+)=([^`]+)`", text.get(name, "").split("; inside")[0]))
+    return (defaults(base[1]) if base else {}) | own
+
+  return {name: defaults(name) for name in text}
+
+
+def test_documented_defaults_are_those_of_the_code():
+  found = documented_defaults()
+  assert len(found) > 30
+  checked = 0
+  for name, arguments in found.items():
+    parameters = inspect.signature(js.get_algorithm(name)).parameters
+    for argument, value in arguments.items():
+      if argument in parameters and value not in parameters:  # `ramp_stop=stop` names another argument
+        want = eval(value, vars(js).copy())
+        default = parameters[argument].default
+        assert default == want or default is None, f"{name}: {argument}={default!r}, not {want!r} as in docs/methods.md"
+        checked += default is not None
+  assert checked > 60
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

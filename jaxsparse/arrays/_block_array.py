@@ -29,6 +29,9 @@ class BlockArray:
   compiled for one mask, what kernels derive from positions is computed while tracing, and `jax.grad` sees only the blocks.
   `freeze` and `thaw` turn one into the other.
 
+  Layers may be stacked on leading axes of all arrays, with room for the same number of blocks in each (`js.compress` does it,
+  or `jax.tree.map(jnp.stack, ...)`): to be run over with `jax.lax.scan` or `jax.vmap`, which hand out one layer at a time.
+
   The constructor checks the invariants and copies nothing; it looks at values only outside of tracing. Unflattening, as
   every JAX transformation does it, checks nothing. `blocks` can be trained; positions cannot
   (`jaxsparse.arrays.partition` takes them apart).
@@ -100,7 +103,8 @@ class BlockArray:
 
   @property
   def ndim(self) -> int:
-    return 2
+    """2, and the axes on which layers are stacked."""
+    return len(self.blocks.shape) - 1
 
   @property
   def dtype(self) -> Any:
@@ -119,15 +123,15 @@ class BlockArray:
 
   @property
   def capacity(self) -> int:
-    """Blocks that there is room for, N."""
-    return self.blocks.shape[0]
+    """Blocks that there is room for, N (in each layer)."""
+    return self.blocks.shape[-3]
 
   @property
   def count(self) -> Any:
-    """Blocks that are kept, at most the capacity: int32; an int in the static form."""
+    """Blocks that are kept, at most the capacity: int32, one for each layer; an int in the static form."""
     if self.static:
       return int((self.cols < self.grid[1]).sum())
-    return (self.cols < self.grid[1]).sum(dtype=jnp.int32)
+    return (self.cols < self.grid[1]).sum(-1, dtype=jnp.int32)
 
   @property
   def density(self) -> float:
@@ -142,13 +146,15 @@ class BlockArray:
   @property
   def nbytes(self) -> int:
     """Bytes of the blocks, a row for each, and the start of each column."""
-    return int(np.prod(self.blocks.shape)) * self.dtype.itemsize + 4 * (self.capacity + self.grid[1] + 1)
+    layers = int(np.prod(self.blocks.shape[:-3]))
+    return int(np.prod(self.blocks.shape)) * self.dtype.itemsize + 4 * layers * (self.capacity + self.grid[1] + 1)
 
   def __repr__(self):
     try:
       form = ", static" if self.static else ""
       sizes = "{}x{}".format(*self.block_shape)
-      return f"BlockArray({self.capacity} blocks of {sizes}, shape={self.shape}, dtype={self.dtype}{form})"
+      stack = "".join(f"{n} x " for n in self.blocks.shape[:-3])
+      return f"BlockArray({stack}{self.capacity} blocks of {sizes}, shape={self.shape}, dtype={self.dtype}{form})"
     except (AttributeError, TypeError, ValueError):  # Leaves that are no arrays, between flattening and unflattening.
       return f"BlockArray({self.blocks!r}, {self.rows!r}, {self.cols!r}, shape={self.shape})"
 
@@ -241,7 +247,9 @@ class BlockArray:
     )
 
   def to_dense(self, dtype: Any = None) -> jax.Array:
-    """The dense weight, `[K, O]`, of `dtype`, or of the blocks' dtype."""
+    """The dense weight, `[K, O]` (`[*S, K, O]` of stacked layers), of `dtype`, or of the blocks' dtype."""
+    if self.ndim > 2:
+      return jax.vmap(lambda w: w.to_dense(dtype))(self)
     (bk, bo), grid = self.block_shape, self.grid
     dense = jnp.zeros((*grid, bk, bo), self.dtype)
     # Slots without a block lie outside of the grid and are dropped.

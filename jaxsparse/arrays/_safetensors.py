@@ -2,7 +2,7 @@
 
 A dense leaf is one tensor. An `NMArray` called `mlp/up` is `mlp/up.values`, `mlp/up.indices` (positions of ceil(log2 m)
 bits each, in row-major order, lowest bits first, as a run of bytes) and `mlp/up.scales` where it is quantised. A
-`BlockArray` is `.blocks`, `.rows` and `.cols`. The header's `jaxsparse` entry holds, as JSON, the path of every leaf in
+`BlockArray` is `.blocks`, `.rows` and `.cols`, a `FixedFanInArray` `.values` and `.indices`. The header's `jaxsparse` entry holds, as JSON, the path of every leaf in
 the tree and what an array node needs besides.
 """
 
@@ -19,15 +19,17 @@ import numpy as np
 
 from jaxsparse import _tree
 from jaxsparse.arrays import _block_array
+from jaxsparse.arrays import _fixed_fan_in_array
 from jaxsparse.arrays import _nm_array
 
 _VERSION = 1
 _BLOCK_PARTS = ("blocks", "rows", "cols")
+_NODES = (_nm_array.NMArray, _block_array.BlockArray, _fixed_fan_in_array.FixedFanInArray)
 _CHUNK = 1 << 24  # positions unpacked to bits at a time: 16 MiB of positions take 128 MiB
 
 
 def save_safetensors(path: str | os.PathLike, tree: Any) -> None:
-  """Writes a tree of arrays, `NMArray` and `BlockArray` nodes to a safetensors file.
+  """Writes a tree of arrays, `NMArray`, `BlockArray` and `FixedFanInArray` nodes to a safetensors file.
 
   The file appears in one piece: it is written beside its place and renamed, so a broken run leaves no half file.
 
@@ -53,6 +55,9 @@ def save_safetensors(path: str | os.PathLike, tree: Any) -> None:
     elif isinstance(leaf, _block_array.BlockArray):
       entry["blocks"] = {"shape": list(leaf.shape), "static": leaf.static}
       tensors |= {f"{name}.{part}": np.ascontiguousarray(getattr(leaf, part)) for part in _BLOCK_PARTS}
+    elif isinstance(leaf, _fixed_fan_in_array.FixedFanInArray):
+      entry["fan_in"] = {"inputs": leaf.inputs}
+      tensors |= {f"{name}.{part}": np.ascontiguousarray(getattr(leaf, part)) for part in ("values", "indices")}
     elif hasattr(leaf, "unpack"):
       raise TypeError(
         f"tree{jax.tree_util.keystr(key_path)} is a {type(leaf).__name__}, packed for a device; save its unpack()."
@@ -121,7 +126,7 @@ def _library(module: str | None = None) -> Any:
 
 
 def _is_node(x: Any) -> bool:
-  return isinstance(x, (_nm_array.NMArray, _block_array.BlockArray)) or hasattr(x, "unpack")
+  return isinstance(x, _NODES) or hasattr(x, "unpack")
 
 
 def _encode_key(key: Any) -> list[Any]:
@@ -155,7 +160,7 @@ def _encode_nm(w: _nm_array.NMArray) -> tuple[dict[str, np.ndarray], dict[str, A
 
 
 def _decode(name: str, entry: dict[str, Any], tensors: dict[str, Any], path: Any) -> Any:
-  parts = _BLOCK_PARTS if "blocks" in entry else ("values", "indices") if "nm" in entry else ()
+  parts = _BLOCK_PARTS if "blocks" in entry else ("values", "indices") if {"nm", "fan_in"} & set(entry) else ()
   wanted = [f"{name}.{part}" for part in parts] or [name]
   for key in wanted:
     if key not in tensors:
@@ -167,6 +172,12 @@ def _decode(name: str, entry: dict[str, Any], tensors: dict[str, Any], path: Any
     try:
       arrays = (jnp.asarray(tensors[f"{name}.{part}"]) for part in parts)
       return _block_array.BlockArray(*arrays, shape=tuple(blocks["shape"]), static=blocks["static"])
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"{path}: {name!r} is damaged. {error}") from error
+  if "fan_in" in entry:
+    try:
+      arrays = (jnp.asarray(tensors[f"{name}.{part}"]) for part in parts)
+      return _fixed_fan_in_array.FixedFanInArray(*arrays, inputs=entry["fan_in"]["inputs"])
     except (ValueError, TypeError) as error:
       raise ValueError(f"{path}: {name!r} is damaged. {error}") from error
   nm = entry["nm"]
@@ -235,7 +246,7 @@ def _fill(like: Any, leaves: dict[str, Any], path: Any) -> Any:
     raise ValueError(f"{path} holds another tree: it lacks {missing} and has {extra} besides.")
   for name, (_, want) in zip(names, paths):
     have = leaves[name]
-    same = all(isinstance(have, t) == isinstance(want, t) for t in (_nm_array.NMArray, _block_array.BlockArray))
+    same = all(isinstance(have, t) == isinstance(want, t) for t in _NODES)
     if not same or getattr(have, "pattern", None) != getattr(want, "pattern", None):
       raise ValueError(f"{path}: {name!r} is {_kind(have)}, wanted is {_kind(want)}.")
     if tuple(have.shape) != tuple(want.shape) or have.dtype != want.dtype:

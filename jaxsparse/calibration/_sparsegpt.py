@@ -19,7 +19,7 @@ class Pruned(NamedTuple):
   Attributes:
     weight: float32 `[K, O]`, exactly 0 off the mask.
     mask: bool `[K, O]`, True = kept.
-    damping: shape=(), what the factorisation needed; `check_pruned` says so when it is more than was asked for.
+    damping: shape=(), what SparseGPT's factorisation needed; `check_pruned` says so when it is more than was asked for.
   """
 
   weight: jax.Array

@@ -56,12 +56,10 @@ class TopKast(_base.AbstractForward):
     return _straight_through.mask_straight_through(param, mask)
 
   def gradient(self, grad, param, mask, count):
-    size, kept = mask.size, jnp.sum(mask, dtype=jnp.int32)
-    more = size - selection.keep_count(size, self.explore)
-    # No further than what there is: `topk_mask` would fill up with entries of A.
-    around = ~mask & selection.topk_mask(jnp.abs(param), jnp.minimum(more, size - kept), where=~mask)
+    more = mask.size - selection.keep_count(mask.size, self.explore)
+    trained = mask | selection.topk_mask(jnp.abs(param), more, where=~mask)
     dtype = _tree.wider(grad.dtype, param.dtype)
     wide = _tree.wider(dtype, jnp.float32)
-    density = jnp.maximum(kept, 1).astype(wide) / size
+    density = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(wide) / mask.size
     pull = self.decay * param.astype(wide) * jnp.where(mask, jnp.ones((), wide), 1 / density)
-    return jnp.where(mask | around, grad.astype(wide) + pull, jnp.zeros((), wide)).astype(dtype)
+    return jnp.where(trained, grad.astype(wide) + pull, jnp.zeros((), wide)).astype(dtype)

@@ -51,6 +51,29 @@ else:  # kernel modules can then still be imported, to be asked why they cannot 
   pl = plgpu = ir = arith = llvm = nvvm = None
 
 
+def split_roles(warpgroup, multiplying: int, load, multiply, registers: tuple[int, int] | None) -> None:
+  """In a kernel body: the last warpgroup runs `load()`, the `multiplying` ones before it `multiply()`.
+
+  Args:
+    warpgroup: index of this one.
+    multiplying: warpgroups that multiply.
+    load, multiply: the bodies.
+    registers: of a loading and of a multiplying thread; None leaves them as they are (in the interpreter).
+  """
+
+  @pl.when(warpgroup == multiplying)
+  def _load():
+    if registers is not None:
+      plgpu.set_max_registers(registers[0], action="decrease")
+    load()
+
+  @pl.when(warpgroup < multiplying)
+  def _multiply():
+    if registers is not None:
+      plgpu.set_max_registers(registers[1], action="increase")
+    multiply()
+
+
 def sm_count() -> int:
   """Streaming multiprocessors of the GPU that is lowered for; 132 (H100, H200) where none is at hand."""
   abstract = jax.sharding.get_abstract_mesh().abstract_device

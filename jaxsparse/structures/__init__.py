@@ -3,9 +3,10 @@
 from jaxsparse.structures._base import AbstractStructure
 from jaxsparse.structures._block import Block
 from jaxsparse.structures._channel import Channel
+from jaxsparse.structures._compact import Compact
 from jaxsparse.structures._fixed_fan_in import FixedFanIn
 from jaxsparse.structures._frames import Frames
 from jaxsparse.structures._nm import NM
 from jaxsparse.structures._unstructured import Unstructured
 
-__all__ = ["AbstractStructure", "Block", "Channel", "FixedFanIn", "Frames", "NM", "Unstructured"]
+__all__ = ["AbstractStructure", "Block", "Channel", "Compact", "FixedFanIn", "Frames", "NM", "Unstructured"]

@@ -97,11 +97,7 @@ def block_matmul_hopper(
   plan = plans.transposed if transposed else plans.forward
   outputs = w.shape[0] if transposed else w.shape[1]
   if tuning is None:
-    blocks = w.density * w.grid[1 if transposed else 0]  # of a tile where blocks are as wide
-    depth, size = w.block_shape[::-1] if transposed else w.block_shape
-    # Narrower blocks share a tile; at low density they share few rows.
-    blocks *= min(max(1, tunings.TILE // size), 1 / max(w.density, 1e-9))
-    tuning = tunings.best_tuning(x.shape[0], outputs, blocks, depth, size, w.density)
+    tuning = tuning_for(x.shape[0], w, transposed)
   parts_dtype = out_dtype if tuning.split_k == 1 else jnp.dtype(jnp.float32)
   run, fetches = _build(tuning, x, w, outputs, transposed, parts_dtype, interpret)
   lists = [jnp.asarray(a) for a in (plan.minor, plan.slots, plan.starts, plan.order, plan.heavy, plan.units)]
@@ -109,6 +105,16 @@ def block_matmul_hopper(
   counter = jax.new_ref(jnp.zeros((1,), jnp.int32)) if fetches else lists[0]
   y = run(x, w.blocks, *lists, counter)
   return y if tuning.split_k == 1 else y.sum(0).astype(out_dtype)  # parts in a fixed order: the same bits every time
+
+
+def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tunings.Tuning:
+  """The tiles that a product gets where none are named."""
+  blocks = w.density * w.grid[1 if transposed else 0]  # of a tile where blocks are as wide
+  depth, size = w.block_shape[::-1] if transposed else w.block_shape
+  # Narrower blocks share a tile; at low density they share few rows.
+  blocks *= min(max(1, tunings.TILE // size), 1 / max(w.density, 1e-9))
+  outputs = w.shape[0] if transposed else w.shape[1]
+  return tunings.best_tuning(batch, outputs, blocks, depth, size, w.density)
 
 
 def _build(t, x, w, outputs, transposed, out_dtype, interpret):

@@ -97,34 +97,11 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   count = (Word(plan.chunks) - first).min(share)
   mine = (count - wk * T.chunks + (depth * T.chunks - 1)).max(0) // (depth * T.chunks)
   mine = select(unit.compare("lt", plan.units), mine, 0)
-  leader = lane.compare("eq", 0)
 
-  stage_bytes = T.chunks * chunk.nbytes
-  barriers = smem + warp * (8 * T.stages)
-  ring = smem + plan.ring_offset + warp * (T.stages * stage_bytes)
   source = offset64(data_base, unit * plan.chunks + first + wk * T.chunks, chunk.nbytes)
-  asm(
-    "{ .reg .pred p; setp.eq.u32 p, $1, 0;\n"
-    + "\n".join(f"@p mbarrier.init.shared::cta.b64 [$0 + {8 * s}], 1;" for s in range(T.stages))
-    + "\nfence.mbarrier_init.release.cluster; fence.proxy.async; bar.warp.sync 0xffffffff; }",
-    "",
-    [barriers, lane],
-  )
-  (policy,) = asm("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", "l", [], effects=False)
-
-  def issue(step, stage):
-    go = select(arith.andi(leader, step.compare("lt", mine)), 1, 0)
-    asm(
-      "{ .reg .pred p; setp.ne.u32 p, $4, 0;\n"
-      f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {stage_bytes};\n"
-      "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      f" [$0], [$1], {stage_bytes}, [$2], $3; }}",
-      "",
-      [ring + stage * stage_bytes, offset64(source, step, depth * stage_bytes), barriers + stage * 8, policy, go],
-    )
-
+  ring = _Ring(plan, smem, source, warp, lane, mine)
   for s in range(T.stages):
-    issue(Word(s), Word(s))
+    ring.issue(Word(s), Word(s))
 
   # x: rows of `phase` chunks in the operand's order, zeros for batch entries that are not there.
   row_bytes = plan.row_bytes
@@ -139,64 +116,8 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
     clear = thread.compare("lt", plan.zero_bytes // 4)
     when(clear, lambda: asm("st.shared.u32 [$0], $1;", "", [zeros + thread * 4, Word(0)]))
 
-  # ldmatrix takes row lane % 8 of matrix lane // 8; matrices are 8 positions apart.
-  bases, keeps = [], []
-  for n in range(tiles_n):
-    row = (lane & 7) + 8 * n
-    there = row.compare("lt", plan.batch)
-    # Rows that are not there read zeros, each from banks of its own: ldmatrix does not merge equal rows.
-    bases.append(select(there, x_smem + row * row_bytes, zeros + (lane & 7) * 16) + (lane >> 3) * 16)
-    keeps.append(select(there, 0xFFFFFFFF, 0) if 8 * n + 8 > plan.batch else None)
-
   ops = Emitter(plan.dtype, lane)
-
-  def multiply(base, x_offset, acc):
-    """acc after one chunk at `base`, with x at byte `x_offset` of its buffers."""
-    ops.base = base
-    fragments = []  # [step of 32][tile n]
-    for step in range(2 * chunk.parts):
-      row = []
-      for n in range(tiles_n):
-        offset = x_offset if keeps[n] is None else x_offset & keeps[n]
-        row.append(
-          asm(
-            f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0, $1, $2, $3}}, [$4 + {64 * step}];",
-            "rrrr",
-            [bases[n] + offset],
-          )
-        )
-      fragments.append(row)
-    scales = [_scale_floats(ops, plan, r) for r in range(chunk.scales)]
-    operands = [
-      [program.operand(ops, layer, lay.m, lay.bits, plan.dtype, part * chunk.part) for layer in chunk.layers]
-      for part in range(chunk.parts)
-    ]
-    for t in range(4):
-      for n in range(tiles_n):
-        at = 4 * (t * tiles_n + n)
-        total = acc[at : at + 4]
-        for r in range(max(1, chunk.scales)):
-          steps = 2 * chunk.parts // max(1, chunk.scales)
-          sums = [float32(0.0)] * 4 if chunk.scales else total
-          for step in range(r * steps, r * steps + steps):
-            for layer, (registers, metas) in zip(chunk.layers, operands[step // 2], strict=True):
-              a, b = registers[t][step % 2], fragments[step][n]
-              sums = mma_sp(ops.kind, sums, a, b, metas[t], step % 2, layer.pairs)
-          if chunk.scales:
-            factor = scales[r][2 * t : 2 * t + 2]
-            total = [fma(sums[i], factor[i // 2], total[i]) for i in range(4)]
-          else:
-            total = sums
-        acc[at : at + 4] = total
-    return acc
-
-  def wait(stage, parity):
-    asm(
-      "{ .reg .pred p;\nWAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra DONE;\nbra WAIT;\nDONE: }",
-      "",
-      [barriers + stage * 8, parity],
-    )
-
+  rows = _x_rows(plan, x_smem, zeros, lane)
   acc = [float32(0.0)] * (16 * tiles_n)
   quota = plan.phase // (depth * T.chunks)  # steps of a warp in a phase
 
@@ -208,12 +129,13 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
 
     def step(i, acc):
       stage = i % T.stages
-      wait(stage, (i // T.stages) & 1)
+      ring.wait(stage, (i // T.stages) & 1)
       x_offset = buffer + ((i - phase * quota) * depth + wk) * (T.chunks * lay.step * 2)
       for j in range(T.chunks):
-        acc = multiply(ring + stage * stage_bytes + j * chunk.nbytes, x_offset + j * lay.step * 2, acc)
+        ops.base = ring.at(stage) + j * chunk.nbytes
+        acc = _multiply(plan, ops, rows, x_offset + j * lay.step * 2, acc)
       asm("bar.warp.sync 0xffffffff;", "", [])
-      issue(i + T.stages, stage)
+      ring.issue(i + T.stages, stage)
       return acc
 
     return loop(phase * quota, (phase * quota + quota).min(mine), acc, step)
@@ -223,6 +145,107 @@ def emit(plan, x_ref, data_ref, bias_ref, y_ref, smem_ref):
   else:
     acc = one_phase(Word(0), acc)
   _reduce(plan, acc, thread, warp, g, c, block, rank, smem + plan.x_offset, bias_ref, y_base)
+
+
+class _Ring:
+  """The steps of one warp's chunks that are on their way through shared memory.
+
+  Args:
+    plan: of the launch.
+    smem: address of the block's shared memory.
+    source: address of the warp's first step in device memory; the next ones lie `depth` steps apart.
+    warp, lane: of this thread.
+    mine: how many steps the warp has.
+  """
+
+  def __init__(self, plan, smem, source, warp, lane, mine):
+    T = plan.tuning
+    self.leader = lane.compare("eq", 0)
+    self.step_bytes = T.chunks * plan.layout.chunk.nbytes
+    self.stride = T.depth * self.step_bytes
+    self.barriers = smem + warp * (8 * T.stages)
+    self.ring = smem + plan.ring_offset + warp * (T.stages * self.step_bytes)
+    self.source, self.mine = source, mine
+    asm(
+      "{ .reg .pred p; setp.eq.u32 p, $1, 0;\n"
+      + "\n".join(f"@p mbarrier.init.shared::cta.b64 [$0 + {8 * s}], 1;" for s in range(T.stages))
+      + "\nfence.mbarrier_init.release.cluster; fence.proxy.async; bar.warp.sync 0xffffffff; }",
+      "",
+      [self.barriers, lane],
+    )
+    (self.policy,) = asm("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", "l", [], effects=False)
+
+  def at(self, stage):
+    """Address of a stage."""
+    return self.ring + stage * self.step_bytes
+
+  def issue(self, step, stage):
+    """Begins to copy a step to a stage, if there is such a step."""
+    go = select(arith.andi(self.leader, step.compare("lt", self.mine)), 1, 0)
+    asm(
+      "{ .reg .pred p; setp.ne.u32 p, $4, 0;\n"
+      f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {self.step_bytes};\n"
+      "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      f" [$0], [$1], {self.step_bytes}, [$2], $3; }}",
+      "",
+      [self.at(stage), offset64(self.source, step, self.stride), self.barriers + stage * 8, self.policy, go],
+    )
+
+  def wait(self, stage, parity):
+    asm(
+      "{ .reg .pred p;\nWAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra DONE;\nbra WAIT;\nDONE: }",
+      "",
+      [self.barriers + stage * 8, parity],
+    )
+
+
+def _x_rows(plan, x_smem, zeros, lane):
+  """For each 8 rows of x: (address of this lane's, what to and an offset with; None for all of it)."""
+  found = []
+  for n in range(plan.tiles_n):
+    # ldmatrix takes row lane % 8 of matrix lane // 8; matrices are 8 positions apart.
+    row = (lane & 7) + 8 * n
+    there = row.compare("lt", plan.batch)
+    # Rows that are not there read zeros, each from banks of its own: ldmatrix does not merge equal rows.
+    base = select(there, x_smem + row * plan.row_bytes, zeros + (lane & 7) * 16) + (lane >> 3) * 16
+    found.append((base, select(there, 0xFFFFFFFF, 0) if 8 * n + 8 > plan.batch else None))
+  return found
+
+
+def _multiply(plan, ops, rows, x_offset, acc):
+  """acc after the chunk at `ops.base`, with x at byte `x_offset` of its buffers."""
+  lay, chunk, tiles_n = plan.layout, plan.layout.chunk, plan.tiles_n
+  fragments = []  # [step of 32][tile n]
+  for step in range(2 * chunk.parts):
+    row = []
+    for base, keep in rows:
+      address = base + (x_offset if keep is None else x_offset & keep)
+      ptx = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0, $1, $2, $3}}, [$4 + {64 * step}];"
+      row.append(asm(ptx, "rrrr", [address]))
+    fragments.append(row)
+  scales = [_scale_floats(ops, plan, r) for r in range(chunk.scales)]
+  operands = [
+    [program.operand(ops, layer, lay.m, lay.bits, plan.dtype, part * chunk.part) for layer in chunk.layers]
+    for part in range(chunk.parts)
+  ]
+  for t in range(4):
+    for n in range(tiles_n):
+      at = 4 * (t * tiles_n + n)
+      total = acc[at : at + 4]
+      for r in range(max(1, chunk.scales)):
+        steps = 2 * chunk.parts // max(1, chunk.scales)
+        sums = [float32(0.0)] * 4 if chunk.scales else total
+        for step in range(r * steps, r * steps + steps):
+          for layer, (registers, metas) in zip(chunk.layers, operands[step // 2], strict=True):
+            a, b = registers[t][step % 2], fragments[step][n]
+            sums = mma_sp(ops.kind, sums, a, b, metas[t], step % 2, layer.pairs)
+        if chunk.scales:
+          factor = scales[r][2 * t : 2 * t + 2]
+          total = [fma(sums[i], factor[i // 2], total[i]) for i in range(4)]
+        else:
+          total = sums
+      acc[at : at + 4] = total
+  return acc
 
 
 def _load_x(plan, x_base, buffer, start, thread, block):

@@ -22,14 +22,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
-from jaxsparse.ops.nm_matmul import _hopper_device as device
+from jaxsparse.ops.nm_matmul import _hopper_body as body
 from jaxsparse.ops.nm_matmul import tuning as tunings
-from jaxsparse.ops.nm_matmul._hopper_device import INSTRUCTION_ROWS, ROW
-from jaxsparse.ops.nm_matmul._hopper_layout import ALIGNMENT, CHUNK, SparseTensorCoreLayout
+from jaxsparse.ops.nm_matmul._hopper_layout import SparseTensorCoreLayout
 
 ACTIVATIONS = {
   None: lambda y: y,
@@ -37,7 +35,7 @@ ACTIVATIONS = {
   "gelu": lambda y: jax.nn.gelu(y, approximate=True),
   "silu": lambda y: y * jax.nn.sigmoid(y),
 }
-_IN_DTYPES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
+_IN_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 _OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 _LOADER_REGISTERS = 40
 # Registers of a multiplying thread, by the number of multiplying warpgroups: what is left of 64 Ki beside the loader's.
@@ -124,229 +122,41 @@ def _pad_bias(bias, tile_m):
 
 def _build(tuning, layout, x, bias, activation, out_dtype, interpret):
   """The kernel for these shapes: takes x, values, metadata[, bias], gives `[B, O]`, or `[split_k, B, O]` parts."""
-  pl, plgpu = mg.pl, mg.plgpu
+  plgpu = mg.plgpu
   t = tuning
   if out_dtype.itemsize == 4:  # the same shared memory for twice the bytes
     t = dataclasses.replace(t, epilogue_n=max(8, t.epilogue_n // 16 * 8))
   batch, reduction = x.shape
+  meet = _parts_meet(t, layout, batch, interpret)
+  k_major, dtype = layout.reduction_contiguous, jnp.dtype(x.dtype)
+  plan = body.Plan(
+    t, batch, reduction, layout.outputs, k_major, dtype, out_dtype, ACTIVATIONS[activation], meet, interpret
+  )
+
+  def kernel(x_gmem, values_gmem, metadata_gmem, *more, **scratch):
+    *bias_gmem, out_gmem = more[:-1] if meet else more
+    refs = dict(x=x_gmem, values=values_gmem, metadata=metadata_gmem, bias=bias_gmem, out=out_gmem, sums=more[-1])
+    parts = body.Body(plan, refs, scratch)
+    # One multiplying warpgroup has all the registers it wants without asking.
+    share = interpret is None and plan.warpgroups > 1
+    registers = (_LOADER_REGISTERS, _COMPUTE_REGISTERS[plan.warpgroups]) if share else None
+    mg.split_roles(parts.warpgroup, plan.warpgroups, parts.load_tiles, parts.multiply_tiles, registers)
+
   # Rows of y must be multiples of 16 bytes for the copy engine; what is added is cut off outside.
   out_columns = layout.outputs + -layout.outputs % (16 // out_dtype.itemsize)
-  in_name = _IN_DTYPES[jnp.dtype(x.dtype)]
-  k_major = layout.reduction_contiguous
-
-  warpgroups = t.compute_warpgroups
-  wg_rows = t.tile_m // warpgroups
-  wg_blocks = wg_rows // INSTRUCTION_ROWS
-  m_tiles, n_tiles = pl.cdiv(layout.outputs, t.tile_m), pl.cdiv(batch, t.tile_n)
-  k_steps = pl.cdiv(pl.cdiv(reduction, t.tile_k), t.split_k)  # of one part
-  work = m_tiles * n_tiles * t.split_k
-  blocks = min(work, mg.sm_count() if interpret is None else 2)
-  meet = _parts_meet(t, layout, batch, interpret)
-  ranges = _column_ranges(t) if meet else [(0, t.tile_n)]
-
-  # In shared memory, x is tile_k / 64 stacks of 128-byte rows; the copy engine can then clip a ragged B.
-  x_copies = t.tile_k // ROW
-  # y leaves in slices of 64 outputs x at most epilogue_n rows, staged as rows of 128 bytes (two groups of them in f32).
-  out_row = mg.SWIZZLE_BYTES // out_dtype.itemsize
-  out_rows = INSTRUCTION_ROWS // out_row
-  out_shape = (warpgroups, t.epilogue_slots, out_rows, t.epilogue_n, out_row)
-  a_shape = (t.tile_m, t.tile_k // 2) if k_major else (t.tile_k // 2, t.tile_m)
-  a_transforms = _a_transforms(t, k_major)
-  row_transforms = (plgpu.SwizzleTransform(mg.SWIZZLE_BYTES),)
-  metadata_transforms = (plgpu.TilingTransform((ALIGNMENT // CHUNK, CHUNK)),)
-  WGMMA = plgpu.Layout.WGMMA
-
-  def kernel(
-    x_gmem, a_gmem, metadata_gmem, *more, x_smem, a_smem, metadata_smem, out_smem, full, empty, dense_smem=None
-  ):
-    *bias_gmem, out_gmem = more[:-1] if meet else more
-    warpgroup = lax.axis_index("warpgroup")
-
-    def position(info):
-      tile, part = lax.div(info.index[0], jnp.int32(t.split_k)), lax.rem(info.index[0], jnp.int32(t.split_k))
-      m, n = plgpu.planar_snake(tile, (m_tiles, n_tiles), t.grid_minor, t.grid_width)
-      return part, m * t.tile_m, n * t.tile_n
-
-    def slot_of(info, k):
-      return lax.rem(info.local_index * k_steps + k, jnp.int32(t.stages))
-
-    def load_tiles():
-      @plgpu.nd_loop((work,), collective_axes="block")
-      def _tile(info):
-        part, m, n = position(info)
-
-        def step(k, _):
-          slot = slot_of(info, k)
-          k_start = (part * k_steps + k) * t.tile_k
-          stored = pl.ds(lax.div(k_start, jnp.int32(2)), t.tile_k // 2)
-          plgpu.barrier_wait(empty.at[slot])
-          for i in range(x_copies):
-            source = x_gmem.at[pl.ds(n, t.tile_n), pl.ds(k_start + i * ROW, ROW)]
-            plgpu.copy_gmem_to_smem(source, x_smem.at[slot, i], full.at[slot])
-          outputs = pl.ds(m, t.tile_m)
-          plgpu.copy_gmem_to_smem(
-            a_gmem.at[outputs, stored] if k_major else a_gmem.at[stored, outputs], a_smem.at[slot], full.at[slot]
-          )
-          chunks = pl.ds(lax.div(k_start, jnp.int32(CHUNK)), t.tile_k // CHUNK)
-          plgpu.copy_gmem_to_smem(metadata_gmem.at[chunks, outputs], metadata_smem.at[slot], full.at[slot])
-
-        lax.fori_loop(0, k_steps, step, None)
-
-      for slot in range(t.stages):  # nobody leaves while a barrier is still to be signalled
-        plgpu.barrier_wait(empty.at[slot])
-
-    def multiply_tiles():
-      for slot in range(t.stages):  # every slot is free at first
-        plgpu.barrier_arrive(empty.at[slot])
-
-      @plgpu.nd_loop((work,), collective_axes="block")
-      def _tile(info):
-        part, m, n = position(info)
-
-        def step(k, accumulator):
-          slot = slot_of(info, k)
-          plgpu.barrier_wait(full.at[slot])
-          own = pl.ds(warpgroup * wg_rows, wg_rows)
-          a_own = a_smem.at[slot, own] if k_major else a_smem.at[slot, :, own]
-          if interpret is None:
-            accumulator = sparse_step(accumulator, a_own, x_smem.at[slot], metadata_smem.at[slot])
-          else:
-            accumulator += dense_step(a_own, x_smem.at[slot], metadata_smem.at[slot])
-          plgpu.barrier_arrive(empty.at[slot])
-          return accumulator
-
-        zeros = plgpu.layout_cast(jnp.zeros((wg_rows, t.tile_n), jnp.float32), WGMMA)
-        accumulator = lax.fori_loop(0, k_steps, step, zeros)
-        if meet:
-          exchange(accumulator, info, part, lambda total, start: store(total, info, out_gmem, m, n + start))
-        else:
-          store(accumulator, info, out_gmem.at[part] if t.split_k > 1 else out_gmem, m, n)
-
-      plgpu.wait_smem_to_gmem(0)
-
-    def store(accumulator, info, target, m, n):
-      """Epilogue: sums `[wg_rows, columns]` -> y[n : n + columns, this warpgroup's outputs]."""
-      columns = accumulator.shape[1]
-      chunks = [(start, min(t.epilogue_n, columns - start)) for start in range(0, columns, t.epilogue_n)]
-      for block in range(wg_blocks):
-        row = m + warpgroup * wg_rows + block * INSTRUCTION_ROWS
-        rows = slice(block * INSTRUCTION_ROWS, (block + 1) * INSTRUCTION_ROWS)
-        if bias_gmem:
-          bias_rows = plgpu.load(bias_gmem[0].at[pl.ds(row, INSTRUCTION_ROWS)], layout=WGMMA.reduce(1), optimized=False)
-        for chunk, (start, size) in enumerate(chunks):
-          y = accumulator[rows, start : start + size]
-          if bias_gmem:
-            y += lax.broadcast_in_dim(bias_rows, y.shape, [0])
-          y = ACTIVATIONS[activation](y).astype(out_dtype)
-          # Slots go round over all tiles, so that the oldest store in flight is always the one of this slot.
-          count = block * len(chunks) + chunk
-          if wg_blocks * len(chunks) % t.epilogue_slots:
-            count += info.local_index * (wg_blocks * len(chunks))
-          slot = count % t.epilogue_slots
-          staged = out_smem.at[warpgroup, slot, :, pl.ds(0, size)]
-          plgpu.wait_smem_to_gmem(t.epilogue_slots - 1, wait_read_only=True)
-          if interpret is None:
-            store_transposed(y, staged)
-          else:
-            for i in range(out_rows):
-              staged[i] = y[i * out_row : (i + 1) * out_row].T
-          plgpu.commit_smem()
-          for i in range(out_rows):
-            plgpu.copy_smem_to_gmem(
-              staged.at[i],
-              target.at[pl.ds(n + start, size), pl.ds(row + i * out_row, out_row)],
-              commit_group=i == out_rows - 1,
-            )
-
-    def exchange(accumulator, info, part, finish):
-      """The blocks that hold the parts of a tile meet: block p adds up, and finishes, columns `ranges[p]`.
-
-      All blocks run at once (`_parts_meet`), so that waiting ends. Parts are added in a fixed order.
-      """
-      sums_gmem = more[-1]
-      tile = info.index[0] - part
-      arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((work * warpgroups,)))
-      for p, (start, size) in enumerate(ranges):
-
-        @pl.when(part != p)
-        def _send(p=p, start=start, size=size):
-          mailbox = sums_gmem.at[info.index[0], warpgroup, p, pl.ds(0, wg_rows * size)]
-          device.send_sums((wg_rows, size))(accumulator[:, start : start + size], mailbox)
-          plgpu.semaphore_signal(arrived.at[(tile + p) * warpgroups + warpgroup], memory_scope="gpu")
-
-      for p, (start, size) in enumerate(ranges):
-
-        @pl.when(part == p)
-        def _receive(p=p, start=start, size=size):
-          plgpu.semaphore_wait(arrived.at[(tile + p) * warpgroups + warpgroup], t.split_k - 1, memory_scope="gpu")
-          total = None
-          for q in range(t.split_k):
-            if q == p:
-              sums = accumulator[:, start : start + size]
-            else:
-              mailbox = sums_gmem.at[tile + q, warpgroup, p, pl.ds(0, wg_rows * size)]
-              sums = device.receive_sums((wg_rows, size))(mailbox)
-            total = sums if total is None else total + sums
-          finish(total, start)
-
-    def dense_step(a_own, x_tile, metadata_tile):
-      """The interpreter knows no sparse MMA: unpack this warpgroup's rows, then an ordinary wgmma."""
-      a = a_own[...]
-      words = metadata_tile[:, pl.ds(warpgroup * wg_rows, wg_rows)].T
-      dense_smem[warpgroup] = _decompress_rows(a if k_major else a.T, words)
-      plgpu.commit_smem()
-      total = jnp.zeros((wg_rows, t.tile_n), jnp.float32)
-      for i in range(x_copies):
-
-        def multiply(accumulator, i=i):
-          columns = pl.ds(i * ROW, ROW)
-          plgpu.wgmma(accumulator, dense_smem.at[warpgroup, :, columns], x_tile.at[i].transpose((1, 0)))
-          return accumulator[...]
-
-        total += pl.run_scoped(multiply, plgpu.ACC((wg_rows, t.tile_n), jnp.float32))
-      return total
-
-    sparse_step = device.sparse_step(t, in_name, k_major, a_transforms, row_transforms, metadata_transforms)
-    store_transposed = device.store_transposed(t.epilogue_n, out_dtype, row_transforms)
-
-    if interpret is None and warpgroups > 1:  # one multiplying warpgroup has all it wants without asking
-
-      @pl.when(warpgroup == warpgroups)
-      def _():
-        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        load_tiles()
-
-      @pl.when(warpgroup < warpgroups)
-      def _():
-        plgpu.set_max_registers(_COMPUTE_REGISTERS[warpgroups], action="increase")
-        multiply_tiles()
-    else:
-      pl.when(warpgroup == warpgroups)(load_tiles)
-      pl.when(warpgroup < warpgroups)(multiply_tiles)
-
-  scratch = dict(
-    x_smem=plgpu.SMEM((t.stages, x_copies, t.tile_n, ROW), x.dtype, transforms=row_transforms),
-    a_smem=plgpu.SMEM((t.stages, *a_shape), x.dtype, transforms=a_transforms),
-    metadata_smem=plgpu.SMEM((t.stages, t.tile_k // CHUNK, t.tile_m), jnp.uint16, transforms=metadata_transforms),
-    out_smem=plgpu.SMEM(out_shape, out_dtype, transforms=row_transforms),
-    full=plgpu.Barrier(num_arrivals=x_copies + 2, num_barriers=t.stages),
-    empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=t.stages),
-  )
-  if interpret is not None:
-    scratch["dense_smem"] = plgpu.SMEM((warpgroups, wg_rows, t.tile_k), x.dtype)
   parts = (t.split_k,) if t.split_k > 1 and not meet else ()
   y = jax.ShapeDtypeStruct((*parts, batch, out_columns), out_dtype)
-  largest = wg_rows * max(size for _, size in ranges)
-  sums = jax.ShapeDtypeStruct((work, warpgroups, t.split_k, largest), jnp.float32)
+  largest = plan.wg_rows * max(size for _, size in plan.ranges)
+  sums = jax.ShapeDtypeStruct((plan.work, plan.warpgroups, t.split_k, largest), jnp.float32)
   run = plgpu.kernel(
     kernel,
     out_type=(y, sums) if meet else y,
-    grid=(blocks,),
+    grid=(min(plan.work, mg.sm_count() if interpret is None else 2),),
     grid_names=("block",),
-    num_threads=warpgroups + 1,
+    num_threads=plan.warpgroups + 1,
     thread_name="warpgroup",
     compiler_params=mg.COMPILER_PARAMS,
-    scratch_types=scratch,
+    scratch_types=plan.scratch(),
     interpret=interpret,
     kernel_name="nm_matmul_sparse_core",
   )
@@ -357,27 +167,3 @@ def _parts_meet(t, layout, batch, interpret) -> bool:
   """Whether the parts of a split reduction are added inside the kernel: all of its blocks must run at once."""
   work = -(-layout.outputs // t.tile_m) * -(-batch // t.tile_n) * t.split_k
   return t.split_k > 1 and t.tile_n >= 8 * t.split_k and interpret is None and work <= mg.sm_count()
-
-
-def _column_ranges(t):
-  """(start, size) of the columns of a tile that each of its parts finishes: multiples of 8, as equal as can be."""
-  bounds = [t.tile_n // 8 * p // t.split_k * 8 for p in range(t.split_k + 1)]
-  return [(start, stop - start) for start, stop in zip(bounds, bounds[1:])]
-
-
-def _a_transforms(t, k_major):
-  plgpu = mg.plgpu
-  if k_major:  # rows of tile_k / 2 stored entries
-    return (plgpu.SwizzleTransform(t.tile_k),)
-  return (plgpu.TilingTransform((8, ROW)), plgpu.SwizzleTransform(mg.SWIZZLE_BYTES))
-
-
-def _decompress_rows(values, words):
-  """Rows of stored entries `[M, K / 2]` and their metadata `[M, K / 16]` uint16 -> dense rows `[M, K]`."""
-  rows, stored = values.shape
-  nibbles = (words[:, :, None] >> (jnp.arange(4, dtype=jnp.uint16) * 4)) & jnp.uint16(15)
-  first, second = nibbles & jnp.uint16(3), nibbles >> jnp.uint16(2)
-  positions = jnp.stack([first, second], -1).reshape(rows, stored // 2, 2)
-  slots = positions[..., None] == jnp.arange(4, dtype=jnp.uint16)
-  spread = jnp.where(slots, values.reshape(rows, stored // 2, 2, 1), jnp.zeros((), values.dtype))
-  return spread.sum(2, dtype=values.dtype).reshape(rows, 2 * stored)

@@ -1,0 +1,1 @@
+"""Compact training: parameters, gradients and optimizer moments hold only what is kept."""

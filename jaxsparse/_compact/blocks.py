@@ -1,0 +1,133 @@
+"""`Compact(Block(...))`: the parameter holds the kept blocks, one to a slot."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _choice
+from jaxsparse import _plan
+from jaxsparse import masks as masks_lib
+from jaxsparse import selection
+from jaxsparse import structures
+from jaxsparse.arrays import BlockArray
+from jaxsparse.ops.block_matmul import _plan as kernel_plan
+
+Array = BlockArray
+_KERNEL_SIDES = (32, 64, 128, 256)  # blocks that kernels take; others need no plan
+
+
+def stored_shape(plan: _plan.LeafPlan, keep: int) -> tuple[int, ...]:
+  """Shape of the parameter with `keep` blocks."""
+  return (keep, *plan.structure.shape)
+
+
+def draw(plan: _plan.LeafPlan, keep: int, key: jax.Array, gain: float, dtype: Any):
+  """Random blocks with random values, N(0, gain^2 / inputs of the output): (values, Positions)."""
+  place, fill = jax.random.split(key)
+  grid = plan.structure.view_shape(plan.shape)
+  units = selection.topk_mask(jax.random.uniform(place, grid), keep)
+  indices = jnp.nonzero(units.T.reshape(-1), size=keep)[0].astype(jnp.int32)
+  rows = plan.structure.shape[0]
+  inputs = units.sum(0)[indices // grid[0]] * rows
+  values = jax.random.normal(fill, stored_shape(plan, keep), jnp.float32) * (gain / jnp.sqrt(inputs))[:, None, None]
+  return values.astype(dtype), positions(plan, indices)
+
+
+def take(plan: _plan.LeafPlan, node: BlockArray):
+  """Values and Positions of a block-sparse array."""
+  return node.blocks, positions(
+    plan, (jnp.asarray(node.cols) * node.grid[0] + jnp.asarray(node.rows)).astype(jnp.int32)
+  )
+
+
+def positions(plan: _plan.LeafPlan, indices: jax.Array) -> masks_lib.Positions:
+  """The Positions of blocks, with what kernels derive from them."""
+  structure = structures.Compact(plan.structure, plan.shape)
+  shape = stored_shape(plan, indices.shape[0])
+  kernel = ()
+  if all(side in _KERNEL_SIDES for side in plan.structure.shape):
+    like = jax.ShapeDtypeStruct(shape, jnp.float32)
+    kernel = kernel_plan.plans_of(_array(like, masks_lib.Positions(indices, (), shape, structure)))
+  return masks_lib.Positions(indices, kernel, shape, structure)
+
+
+def join(values: jax.Array, node: masks_lib.Positions) -> BlockArray:
+  """The BlockArray of values and their Positions.
+
+  While tracing, blocks stay in the order of slots: products need no other, and sorting would move them in every step.
+  """
+  return _array(values, node) if isinstance(node.indices, jax.core.Tracer) else export(values, node)
+
+
+def _array(values, node):
+  # Past the constructor, which wants sorted positions.
+  shape = node.structure.shape
+  block_rows = node.structure.view_shape(shape)[0]
+  plan = node.plan if node.plan != () else None
+  return BlockArray.tree_unflatten((shape, None), (values, node.indices % block_rows, node.indices // block_rows, plan))
+
+
+def export(values: jax.Array, node: masks_lib.Positions) -> BlockArray:
+  """The BlockArray with sorted positions, for inference and files."""
+  w = _array(values, node)
+  return BlockArray.from_blocks(w.blocks, w.rows, w.cols, w.shape)
+
+
+def split(dense: jax.Array, node: masks_lib.Positions) -> tuple[jax.Array, jax.Array]:
+  """The gradient of a dense weight -> that of the kept blocks, and a growth score for every block."""
+  bk, bo = node.shape[1:]
+  rows, cols = node.structure.view_shape(node.structure.shape)
+  tiles = dense.reshape(rows, bk, cols, bo).transpose(2, 0, 1, 3).reshape(rows * cols, bk, bo)
+  return tiles.at[node.indices].get(mode="fill", fill_value=0), node.structure.to_units(jnp.abs(dense))
+
+
+def refresh(updater: Any, leaves: list[_choice.Leaf], nodes: list[masks_lib.Positions], progress, elapsed):
+  """New Positions, and which slots stay (bool `[N]`), of every leaf."""
+  kept = [_unit_mask(node) for node in nodes]
+  drop = [_drop_scores(updater.drop, leaf, node) for leaf, node in zip(leaves, nodes)]
+  grow = None
+  if updater.grow is not None:
+    grow = [_grow_scores(updater.grow, leaf) for leaf in leaves]
+  units = _choice.choose_units(updater, leaves, kept, drop, grow, progress, elapsed)
+  return [_replace(leaf.plan, node, old, new) for leaf, node, old, new in zip(leaves, nodes, kept, units)]
+
+
+def _unit_mask(node):
+  rows, cols = node.structure.view_shape(node.structure.shape)
+  return jnp.zeros(rows * cols, bool).at[node.indices].set(True, mode="drop").reshape(cols, rows).T
+
+
+def _drop_scores(scorer, leaf, node):
+  rows, cols = node.structure.view_shape(leaf.plan.shape)
+  scores = scorer.score((), leaf.inputs)
+  scores = scores.sum((1, 2), dtype=jnp.float32 if jnp.issubdtype(scores.dtype, jnp.integer) else None)
+  return jnp.zeros(rows * cols, scores.dtype).at[node.indices].set(scores, mode="drop").reshape(cols, rows).T
+
+
+def _grow_scores(scorer, leaf):
+  grid = leaf.plan.structure.view_shape(leaf.plan.shape)
+  if not scorer.uses_gradient:
+    like = jax.ShapeDtypeStruct(grid, jnp.float32)
+    return scorer.score((), leaf.inputs._replace(param=like, key=jax.random.fold_in(leaf.key, 1)))
+  scores = leaf.extra["candidate_scores"]
+  if getattr(scores, "shape", None) != grid:
+    raise ValueError(
+      f"candidate_scores of {leaf.plan.label} must be a score for each block, shape {grid}, got "
+      f"{getattr(scores, 'shape', type(scores).__name__)}; js.ops.block_gradient_scores computes them."
+    )
+  return scores
+
+
+def _replace(plan, node, old, new):
+  """Blocks that stay keep their slot; the others' slots take what has grown, or become empty."""
+  flat = lambda units: units.T.reshape(-1)
+  stay = flat(new).at[node.indices].get(mode="fill", fill_value=False)
+  grown = jnp.nonzero(flat(new & ~old), size=stay.size, fill_value=old.size)[0].astype(jnp.int32)
+  indices = jnp.where(stay, node.indices, grown[jnp.cumsum(~stay) - 1])
+  return positions(plan, indices), stay
+
+
+def spread(stay: jax.Array, values: jax.Array) -> jax.Array:
+  """`stay` for every entry of the values."""
+  return jnp.broadcast_to(stay[:, None, None], values.shape)

@@ -1,0 +1,1 @@
+"""`x @ w` for weights with a fixed fan-in."""
