@@ -78,11 +78,8 @@ class Alternating(_base.AbstractMaskSchedule):
   def due(self, count):
     count = jnp.asarray(count)
     within = (count - self.start) % (self.sparse_steps + self.dense_steps)
-    return (
-      (count >= self.start)
-      & (count <= self._last)
-      & ((within == 0) | ((within == self.sparse_steps) & (count < self._last)))
-    )
+    switches = (within == 0) | (within == self.sparse_steps)
+    return (count >= self.start) & (count <= self._last) & switches
 
   def progress(self, count):
     count = jnp.asarray(count)
