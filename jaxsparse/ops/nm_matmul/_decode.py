@@ -236,7 +236,7 @@ def default_tuning(batch, layout) -> Tuning:
     depth *= 2  # long runs: more warps hide the unpacking better
   size = next(c for c in (4, 2, 1) if c == 1 or c * chunk.nbytes <= _STEP_BYTES and not (chunks % c or share % c))
   ring = _RING_BYTES if batch > 8 or singles or layout.bits < 16 else _LARGE_RING_BYTES
-  if batch > 8 and layout.bits == 4:
+  if 8 < batch <= 16 and layout.bits == 4:  # more rows have no register left for what this ring's addresses need
     ring = _SMALL_RING_BYTES
   stages = max(2, min(8, ring // (rows * depth * size * chunk.nbytes)))
   # Small parts of x start soon and do not hold up the weights.
