@@ -1,6 +1,7 @@
 """Set before JAX starts: run on the CPU, and compile quickly: most of the suite's time is compiling what runs once."""
 
 import gc
+import itertools
 import os
 
 # Without LLVM's optimisations, and with XLA's older emitters of fusions, which a JAX from 0.12 on no longer has, compiling
@@ -24,6 +25,14 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
 gc.set_threshold(200_000, 20, 20)
 
 
+_TESTS = itertools.count(1)
+
+
 def pytest_collection_finish():
   gc.collect()
   gc.freeze()  # what was imported stays
+
+
+def pytest_runtest_teardown():
+  if next(_TESTS) % 50 == 0:
+    gc.collect()  # compiled programs lie in cycles, and are too few and too large to wait for
