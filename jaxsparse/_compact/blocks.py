@@ -83,26 +83,37 @@ def split(dense: jax.Array, node: masks_lib.Positions) -> tuple[jax.Array, jax.A
 
 
 def refresh(updater: Any, leaves: list[_choice.Leaf], nodes: list[masks_lib.Positions], progress, elapsed):
-  """New Positions, and which slots stay (bool `[N]`), of every leaf."""
-  kept = [_unit_mask(node) for node in nodes]
-  drop = [_drop_scores(updater.drop, leaf, node) for leaf, node in zip(leaves, nodes)]
-  grow = None
-  if updater.grow is not None:
-    grow = [_grow_scores(updater.grow, leaf) for leaf in leaves]
-  units = _choice.choose_units(updater, leaves, kept, drop, grow, progress, elapsed)
-  return [_replace(leaf.plan, node, old, new) for leaf, node, old, new in zip(leaves, nodes, kept, units)]
+  """New Positions, and which slots stay (bool `[N]`), of leaves with one plan but for their names.
+
+  A loop over the leaves: what kernels derive from positions is long to compile, and is compiled once for all of them.
+  """
+  drop = [_block_sums(updater.drop.score((), leaf.inputs)) for leaf in leaves]
+  grow = None if updater.grow is None else [_grow_scores(updater.grow, leaf) for leaf in leaves]
+
+  def one(item):
+    indices, drop, grow = item
+    scattered = lambda fill, values: _scatter_units(nodes[0], indices, fill, values)
+    kept = scattered(jnp.zeros((), bool), True)
+    drop = scattered(jnp.zeros((), drop.dtype), drop)
+    (units,) = _choice.choose_units(
+      updater, leaves[:1], [kept], [drop], None if grow is None else [grow], progress, elapsed
+    )
+    return _replace(leaves[0].plan, indices, kept, units)
+
+  items = list(zip([node.indices for node in nodes], drop, [None] * len(drop) if grow is None else grow))
+  if len(items) == 1:
+    return [one(items[0])]
+  found = jax.lax.map(one, jax.tree.map(lambda *leaves: jnp.stack(leaves), *items))
+  return [jax.tree.map(lambda a: a[i], found) for i in range(len(items))]
 
 
-def _unit_mask(node):
+def _scatter_units(node, indices, fill, values):
   rows, cols = node.structure.view_shape(node.structure.shape)
-  return jnp.zeros(rows * cols, bool).at[node.indices].set(True, mode="drop").reshape(cols, rows).T
+  return jnp.full(rows * cols, fill).at[indices].set(values, mode="drop").reshape(cols, rows).T
 
 
-def _drop_scores(scorer, leaf, node):
-  rows, cols = node.structure.view_shape(leaf.plan.shape)
-  scores = scorer.score((), leaf.inputs)
-  scores = scores.sum((1, 2), dtype=jnp.float32 if jnp.issubdtype(scores.dtype, jnp.integer) else None)
-  return jnp.zeros(rows * cols, scores.dtype).at[node.indices].set(scores, mode="drop").reshape(cols, rows).T
+def _block_sums(scores):
+  return scores.sum((1, 2), dtype=jnp.float32 if jnp.issubdtype(scores.dtype, jnp.integer) else None)
 
 
 def _grow_scores(scorer, leaf):
@@ -119,13 +130,12 @@ def _grow_scores(scorer, leaf):
   return scores
 
 
-def _replace(plan, node, old, new):
+def _replace(plan, indices, old, new):
   """Blocks that stay keep their slot; the others' slots take what has grown, or become empty."""
   flat = lambda units: units.T.reshape(-1)
-  stay = flat(new).at[node.indices].get(mode="fill", fill_value=False)
+  stay = flat(new).at[indices].get(mode="fill", fill_value=False)
   grown = jnp.nonzero(flat(new & ~old), size=stay.size, fill_value=old.size)[0].astype(jnp.int32)
-  indices = jnp.where(stay, node.indices, grown[jnp.cumsum(~stay) - 1])
-  return positions(plan, indices), stay
+  return positions(plan, jnp.where(stay, indices, grown[jnp.cumsum(~stay) - 1])), stay
 
 
 def spread(stay: jax.Array, values: jax.Array) -> jax.Array:

@@ -98,11 +98,14 @@ def _refresh_if(updater, due, sparse, nodes, count):
   everything = lambda node: jnp.ones(node.indices.shape, bool)
 
   def refresh():
-    # One leaf after the other, so that the scratch of one is free for the next.
-    out: list[Any] = []
-    for leaf, node in zip(sparse, old):
-      node, out = jax.lax.optimization_barrier((node, out))
-      out += storage.kind(leaf.plan.structure).refresh(updater, [leaf], [node], progress, elapsed)
+    # One group after the other, so that the scratch of one is free for the next.
+    out: list[Any] = [None] * len(sparse)
+    for group in storage.groups([leaf.plan for leaf in sparse]):
+      before, out = jax.lax.optimization_barrier(([old[i] for i in group], out))
+      leaves = [sparse[i] for i in group]
+      found = storage.kind(leaves[0].plan.structure).refresh(updater, leaves, before, progress, elapsed)
+      for i, new in zip(group, found, strict=True):
+        out[i] = new
     return out
 
   new = jax.lax.cond(due, refresh, lambda: [(node, everything(node)) for node in old])

@@ -1,5 +1,6 @@
 """From dense shapes to values and positions, and back: what does not change during training."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,6 +20,19 @@ from jaxsparse._compact import fan_in
 def kind(structure: structures.AbstractStructure) -> Any:
   """The module that stores a structure."""
   return blocks if isinstance(structure, structures.Block) else fan_in
+
+
+def groups(plans: list[_plan.LeafPlan]) -> list[list[int]]:
+  """Indices of leaves that are refreshed together: those stored as blocks where only the names differ, others alone."""
+  found: dict[Any, list[int]] = {}
+  for i, plan in enumerate(plans):
+    found.setdefault(_nameless(plan) if kind(plan.structure) is blocks else i, []).append(i)
+  return list(found.values())
+
+
+def _nameless(plan):
+  """What programs depend on, so that leaves of one shape share them."""
+  return dataclasses.replace(plan, name="", label="", reason="")
 
 
 def stored_shape(updater: Any, plan: _plan.LeafPlan) -> tuple[int, ...]:
@@ -68,7 +82,7 @@ def _make(updater, plan, value, key, gain):
   store, stored = kind(plan.structure), stored_shape(updater, plan)
   if not _is_node(value):
     draw = jax.jit(store.draw, static_argnums=(0, 1, 3, 4))
-    return draw(plan, _capacity(updater, plan), key, gain, jnp.dtype(value.dtype))
+    return draw(_nameless(plan), _capacity(updater, plan), key, gain, jnp.dtype(value.dtype))
   if not isinstance(value, store.Array):
     raise TypeError(
       f"{plan.label} is a {type(value).__name__}; {plan.structure!r} is stored as {store.Array.__name__}."
