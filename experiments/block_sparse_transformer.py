@@ -9,7 +9,9 @@ dense rest of the model are those of char_transformer.py. There, layers are stac
 are not stored compactly, and are stacked in every step, so that kernels are compiled for one layer.
 """
 
+from collections.abc import Callable
 import concurrent.futures
+import contextlib
 import functools
 import json
 import pathlib
@@ -138,48 +140,93 @@ def make_programs(updater: js.Updater, config: llama.Config):
   return start, refresh if sparse else step, steps
 
 
+def _compiler_options() -> dict[str, bool]:
+  """On a GPU, without XLA's search for the better of two ways to emit each fusion, which is most of what compiling takes."""
+  return {"xla_gpu_experimental_enable_fusion_autotuner": False} if jax.default_backend() == "gpu" else {}
+
+
 def prepare(density: float, config: llama.Config, text: jax.Array, windows: jax.Array, vocabulary: int) -> dict:
-  """What is run, compiled."""
+  """What is run, compiled, and the seconds that took."""
   updater = make_updater(config, density)
   start, refresh, steps = make_programs(updater, config)
-  carry = start(*init_params(updater, config, vocabulary))
+  began = time.perf_counter()
+  carry = jax.block_until_ready(start(*init_params(updater, config, vocabulary)))
+  seconds = {"start": time.perf_counter() - began}
 
   def evaluate(params, state):
     found = jax.lax.map(lambda w: loss(updater.forward_params(params, state), w.astype(jnp.int32), config), windows)
     return found.mean()
 
-  step_programs = (functools.partial(jax.jit(f, donate_argnums=0).lower, carry, text=text) for f in (refresh, steps))
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    programs = list(
-      pool.map(
-        lambda lower: lower().compile(), [*step_programs, functools.partial(jax.jit(evaluate).lower, *carry[:2])]
-      )
-    )
-  return dict(
-    density=density,
-    carry=carry,
-    **dict(zip(("refresh", "steps", "evaluate"), programs)),
-    stored=sum(p.size for p in jax.tree.leaves(carry[0])),
-  )
-
-
-def train(run: dict, text: jax.Array) -> dict:
-  """Trains to the end, masks changing on the way: losses, and the time of a step."""
-  carry, losses, seconds = run["carry"], [], []
-  for _ in range(_STEPS.value // _EVERY.value):
+  def compile(name, program, *args, **kwargs):
     began = time.perf_counter()
-    carry, first = run["refresh"](carry, text=text)
-    carry, rest = run["steps"](carry, text=text)
-    losses.append(float((first + rest * (_EVERY.value - 1)) / _EVERY.value))  # waits
-    seconds.append(time.perf_counter() - began)
-  return {
-    "density": run["density"],
-    "parameters": run["stored"],
-    "train loss": losses[-1],
-    "held-out loss": float(run["evaluate"](*carry[:2])),
-    "ms a step": 1e3 * float(np.median(seconds[1:] or seconds)) / _EVERY.value,
-    "losses": losses,
-  }
+    compiled = program.lower(*args, **kwargs).compile(_compiler_options())
+    seconds[name] = time.perf_counter() - began
+    return name, compiled
+
+  programs = (
+    functools.partial(compile, "refresh", jax.jit(refresh, donate_argnums=0), carry, text=text),
+    functools.partial(compile, "steps", jax.jit(steps, donate_argnums=0), carry, text=text),
+    functools.partial(compile, "evaluate", jax.jit(evaluate), *carry[:2]),
+  )
+  with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
+    compiled = dict(pool.map(lambda program: program(), programs))
+  stored = sum(p.size for p in jax.tree.leaves(carry[0]))
+  return dict(density=density, carry=carry, seconds=seconds, stored=stored, **compiled)
+
+
+def train(run: dict, text: jax.Array, report: Callable[[dict], None] = lambda row: None) -> dict:
+  """Trains to the end, masks changing on the way: losses, the time of a step, and how often blocks moved.
+
+  Args:
+    run: of `prepare`; its carry is used up.
+    text: the corpus.
+    report: receives what is known after each change of the masks.
+  """
+  carry, losses, seconds, moved = run["carry"], [], [], 0
+  sparse = run["density"] < 1
+  row = {"density": run["density"], "parameters": run["stored"], "compile seconds": run["seconds"], "losses": losses}
+  with _count_compilations() as compilations:
+    for _ in range(_STEPS.value // _EVERY.value):
+      places = _places(carry) if sparse else []
+      began = time.perf_counter()
+      carry, first = run["refresh"](carry, text=text)
+      carry, rest = run["steps"](carry, text=text)
+      losses.append((float(first) + float(rest) * (_EVERY.value - 1)) / _EVERY.value)  # waits
+      seconds.append(time.perf_counter() - began)
+      moved += any(not np.array_equal(a, b) for a, b in zip(places, _places(carry) if sparse else []))
+      row |= {
+        "train loss": losses[-1],
+        "ms a step": 1e3 * float(np.median(seconds[1:] or seconds)) / _EVERY.value,
+        "seconds of each chunk": seconds,
+        "refreshes that moved blocks": moved,
+        "compilations while training": len(compilations),
+      }
+      report(row)
+    row["held-out loss"] = float(run["evaluate"](*carry[:2]))
+  report(row)
+  return row
+
+
+def _places(carry) -> list[np.ndarray]:
+  """Where the blocks of every sparse leaf lie."""
+  masks = jax.tree.leaves(js.get_masks(carry[1]), is_leaf=lambda node: isinstance(node, js.Positions))
+  return [np.asarray(node.indices) for node in masks if isinstance(node, js.Positions)]
+
+
+@contextlib.contextmanager
+def _count_compilations():
+  """A list that gets an item for each program that XLA compiles meanwhile."""
+  found = []
+
+  def listen(event, duration, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+      found.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield found
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def main(argv):
@@ -196,21 +243,29 @@ def main(argv):
     prepare, config=config, text=text, windows=jnp.asarray(windows), vocabulary=len(corpus.alphabet)
   )
   densities = [1.0, *map(float, _DENSITIES.value)]
+  found = []
+
+  def report(row):
+    """All rows as they are now: what ends early has left its figures."""
+    if _OUT.value:
+      rows = [*found, row] if row not in found else found
+      partial = pathlib.Path(f"{_OUT.value}.partial")
+      partial.write_text(json.dumps({"block": _BLOCK.value, "steps": _STEPS.value, "rows": rows}, indent=1))
+      partial.replace(_OUT.value)
+
   began = time.monotonic()
   with concurrent.futures.ThreadPoolExecutor(len(densities)) as pool:
     runs = list(pool.map(make, densities))
   print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
-  found = []
   for run in runs:
-    found.append(row := train(run, text))
+    found.append(row := train(run, text, report))
     faster = found[0]["ms a step"] / row["ms a step"]
     print(
       f"density {row['density']:g}: {row['parameters'] / 1e6:.1f} million parameters, {row['ms a step']:.2f} ms a step "
-      f"({faster:.2f}x), loss {row['train loss']:.4f} in training, {row['held-out loss']:.4f} held out",
+      f"({faster:.2f}x), loss {row['train loss']:.4f} in training, {row['held-out loss']:.4f} held out, "
+      f"{row['refreshes that moved blocks']} refreshes, {row['compilations while training']} compilations on the way",
       flush=True,
     )
-    if _OUT.value:
-      pathlib.Path(_OUT.value).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

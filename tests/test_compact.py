@@ -289,6 +289,45 @@ def test_starts_from_compressed_weights():
     only(js.FixedFanIn(4)).compact_init({"fan": fan})
 
 
+def test_leaves_of_one_shape_are_refreshed_as_if_alone():
+  """The loop over leaves of one shape moves the blocks of each as that leaf's own scores say."""
+  named = lambda names: js.Rules(*((name, js.Compact(BLOCK, SHAPES["block"])) for name in names))
+  leaf, keys = jax.ShapeDtypeStruct(SHAPES["block"], jnp.float32), jax.random.split(KEY, 2)
+  scores = {name: jax.random.uniform(key, BLOCK.view_shape(SHAPES["block"])) for name, key in zip("ab", keys)}
+
+  def refreshed(params, masks):
+    updater = js.rigl(0.5, rules=named(params), distribution=js.Uniform(), **SWAPS)
+    tx = updater.wrap_optax(optax.sgd(0.1))
+    state = js.set_masks(tx.init(params), masks)
+    given = {name: scores[name] for name in params}
+    for _ in range(3):
+      _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params, candidate_scores=given)
+    return js.get_masks(state)
+
+  params, masks = js.rigl(0.5, rules=named("ab"), distribution=js.Uniform(), **SWAPS).compact_init(dict(a=leaf, b=leaf))
+  both = refreshed(params, masks)
+  for name in "ab":
+    alone = refreshed({name: params[name]}, {name: masks[name]})[name]
+    assert not np.array_equal(alone.indices, masks[name].indices)
+    np.testing.assert_array_equal(both[name].indices, alone.indices)
+  assert not np.array_equal(both["a"].indices, both["b"].indices)
+
+
+def test_weight_from_jit_changes_dtype_outside():
+  """Blocks in the order of their slots, not of their places."""
+  updater = only(BLOCK)
+  leaf = {"fan": jax.ShapeDtypeStruct(SHAPES["fan"], jnp.float32)}
+  params, masks = updater.compact_init(leaf)
+  node = masks["fan"]
+  masks = {"fan": js.Positions(node.indices[::-1], node.plan, node.shape, node.structure)}
+  state = js.set_masks(updater.wrap_optax(optax.sgd(0.1)).init(params), masks)
+  w = jax.jit(updater.forward_params)(params, state)["fan"]
+  assert (np.diff(np.asarray(w.cols)) < 0).any()
+  narrow = w.astype(jnp.bfloat16)
+  assert narrow.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(narrow.to_dense(), updater.dense_params(params, state)["fan"].astype(jnp.bfloat16))
+
+
 # -- The rest of the contract ------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,11 @@ class BlockArray:
   - Slots that hold no block come last: their column is `O / bo`, one past the grid, and nothing reads their values.
     N is at least 1.
 
+  Weights that `Updater.forward_params` hands out inside `jit` are the exception to the order: their blocks lie in the slots in
+  which they are trained, and they carry a plan, so that products need no other order. One that a jitted function
+  returns works in products, `to_dense` and `astype`; `from_blocks(w.blocks, w.rows, w.cols, w.shape)` gives the weight in
+  the order above.
+
   Two forms. *Dynamic*: positions are arrays like any other, so that a mask may change, inside `jit` too, without
   compiling anew; N is the capacity. *Static*: positions are NumPy arrays that belong to the type; every function is
   compiled for one mask, what kernels derive from positions is computed while tracing, and `jax.grad` sees only the blocks.
@@ -259,7 +264,9 @@ class BlockArray:
   def astype(self, dtype: Any) -> Self:
     """The same weight with blocks of another floating-point dtype."""
     _check_float(jnp.dtype(dtype), "BlockArray.astype")
-    return dataclasses.replace(self, blocks=self.blocks.astype(dtype))
+    (blocks, *rest), static = self.tree_flatten()
+    # Past the constructor: positions are those there were, in the order of slots where a jitted function returned them.
+    return self.tree_unflatten(static, (blocks.astype(dtype), *rest))
 
   def freeze(self) -> Self:
     """The static form: positions become part of the type. They must have values, so not inside `jit`."""
