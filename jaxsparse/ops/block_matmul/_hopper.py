@@ -361,17 +361,8 @@ def _build(t, x, w, outputs, transposed, out_dtype, interpret):
         plgpu.commit_smem()  # these were ordinary loads, the copy engine writes next; the tensor cores need none
         return accumulator + _interpreted_product(w, x, transposed, present)
 
-    @pl.when(warpgroup == _WARPGROUPS)
-    def _():
-      if interpret is None:
-        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
-      load_tiles()
-
-    @pl.when(warpgroup < _WARPGROUPS)
-    def _():
-      if interpret is None:
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-      multiply_tiles()
+    registers = (_LOADER_REGISTERS, _COMPUTE_REGISTERS) if interpret is None else None
+    mg.split_roles(warpgroup, _WARPGROUPS, load_tiles, multiply_tiles, registers)
 
   parts = (t.split_k,) if t.split_k > 1 else ()
   shared_barrier, clusters = plgpu.Barrier, {}

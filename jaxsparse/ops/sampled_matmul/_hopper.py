@@ -207,17 +207,8 @@ def _build(t, x, at, items, out_dtype, interpret):
         a, b = a.reshape(_ROWS, _STEP), b.reshape(_STEP, columns)
         return accumulator + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
-    @pl.when(warpgroup == _WARPGROUPS)
-    def _():
-      if interpret is None:
-        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
-      load_tiles()
-
-    @pl.when(warpgroup < _WARPGROUPS)
-    def _():
-      if interpret is None:
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-      multiply_tiles()
+    registers = (_LOADER_REGISTERS, _COMPUTE_REGISTERS) if interpret is None else None
+    mg.split_roles(warpgroup, _WARPGROUPS, load_tiles, multiply_tiles, registers)
 
   parts = (t.split_b,) if t.split_b > 1 else ()
   return plgpu.kernel(
