@@ -358,7 +358,8 @@ def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path
 
 
 def test_gptq_rounds_while_it_prunes_and_what_it_makes_is_stored(model, rows):
-  config = toy_config("smollm2_sparsegpt", batch_size=8, quantize={"bits": 8, "group": 16, "method": "gptq"})
+  quantize = {"bits": 8, "group": 16, "method": "gptq"}
+  config = toy_config("smollm2_sparsegpt", method={"name": "magnitude"}, batch_size=8, quantize=quantize)
   pruner = prune_lm.create_pruner(config)
   copy = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
   masks, errors, scales = prune_lm.prune_model(copy, rows.calibration, pruner, config)
