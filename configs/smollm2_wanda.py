@@ -36,7 +36,8 @@ def get_config():
   config.repair = ConfigDict(
     dict(steps=0, batch_size=64, learning_rate=5e-4, distill=1.0, dtype="bfloat16", dense_baseline=True)
   )
-  # N:M layers stored as integers: 8 or 4 bits, with a scale for each `group` rows; 0 bits for bfloat16.
-  config.quantize = ConfigDict(dict(bits=0, group=64))
+  # N:M layers stored as integers: 8 or 4 bits, with a scale for each `group` rows; 0 bits for bfloat16. "nearest" rounds
+  # last; "gptq" while it prunes, so that what comes later makes up for it.
+  config.quantize = ConfigDict(dict(bits=0, group=64, method="nearest"))
   config.seed = 0
   return config

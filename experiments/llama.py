@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments import causal_attention
 from experiments import decode_attention
 from jaxsparse import ops
 
@@ -176,7 +177,7 @@ def decode_block(
 
 def apply_block(params: Mapping[str, Any], x: jax.Array, config: Config, product: Callable = matmul) -> jax.Array:
   """`block` for one of a language model's blocks."""
-  return block(layer_of(params), x, config, product)
+  return block(layer_of(params), x, config, product, causal_attention.causal_attention)
 
 
 def embed(params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ def prune_lm(
   dense = model.params if config.repair.steps else None
   model = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
   start = time.perf_counter()
-  masks, errors = prune_model(model, rows.calibration, pruner, config)
+  masks, errors, scales = prune_model(model, rows.calibration, pruner, config)
   report.seconds["pruning"] = time.perf_counter() - start
   report.layers(masks, errors)
   params = model.params
@@ -104,7 +104,7 @@ def prune_lm(
       del same
     del dense
 
-  compressed = compress(params, masks, pruner.structure, config.quantize)
+  compressed = compress(params, masks, pruner.structure, config.quantize, scales)
   report.storage(params, compressed)
   report.file_bytes = language_models.save(workdir / "model", model._replace(params=compressed))
   if isinstance(pruner.structure, js.NM):
@@ -116,24 +116,25 @@ def prune_lm(
 
 def prune_model(
   model: language_models.LanguageModel, rows: np.ndarray, pruner: pruners.Pruner, config: ConfigDict
-) -> tuple[list[dict[str, jax.Array]], list[dict[str, float]]]:
+) -> tuple[list[dict[str, jax.Array]], list[dict[str, float]], dict[str, jax.Array]]:
   """Prunes the model in place: dense blocks go as pruned ones come.
 
   Returns:
-    For each block the masks and the errors of its layers, by name.
+    For each block the masks and the errors of its layers, by name; and where GPTQ has rounded them, their scales, by
+    names as `blocks/3/q`.
   """
   apply_block = lambda block, x, product: llama.apply_block(block, x, model.config, product)
   blocks = model.params["blocks"]
   batch = config.batch_size
   hidden = [llama.embed(model.params, jnp.asarray(rows[i : i + batch])) for i in range(0, len(rows), batch)]
-  sparsities = None
+  sparsities, scales = None, {}
   if config.allocation.name == "owl":
     sparsities = outlier_sparsities(apply_block, blocks, hidden, config)
   done = calibration.prune_blocks(
     apply_block,
     blocks,
     hidden,
-    pruner.callback(sparsities),
+    pruner.callback(sparsities, scales),
     llama.LINEARS,
     sequential=config.sequential,
     layer_by_layer=config.layer_by_layer,
@@ -146,7 +147,7 @@ def prune_model(
     blocks[block.index] = block.params
     masks.append(block.masks)
     errors.append(block.errors)
-  return masks, errors
+  return masks, errors, scales
 
 
 def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
@@ -159,8 +160,25 @@ def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
   return calibration.owl_sparsities(ratios, config.sparsity, spread=config.allocation.spread)
 
 
-def compress(params: dict[str, Any], masks: list[dict[str, jax.Array]], structure: Any, options: ConfigDict) -> Any:
-  """bfloat16 parameters, their N:M layers as NMArrays, quantised where that is asked for."""
+def compress(
+  params: dict[str, Any],
+  masks: list[dict[str, jax.Array]],
+  structure: Any,
+  options: ConfigDict,
+  scales: dict[str, jax.Array] | None = None,
+) -> Any:
+  """bfloat16 parameters, their N:M layers as NMArrays, quantised where that is asked for.
+
+  Layers with `scales` are multiples of them already: they are stored as the integers that they are.
+  """
+  if scales:
+    blocks = [
+      block
+      | {name: _pack(block[name], scales[f"blocks/{i}/{name}"], kept[name], structure, options.bits) for name in kept}
+      for i, (block, kept) in enumerate(zip(params["blocks"], masks))
+    ]
+    narrow = lambda leaf: leaf if isinstance(leaf, js.NMArray) else leaf.astype(jnp.bfloat16)
+    return jax.tree.map(narrow, params | {"blocks": blocks}, is_leaf=lambda leaf: isinstance(leaf, js.NMArray))
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
   if not isinstance(structure, js.NM):
     return params
@@ -174,6 +192,13 @@ def compress(params: dict[str, Any], masks: list[dict[str, jax.Array]], structur
   return jax.tree.map(lambda leaf: quantise(leaf) if is_sparse(leaf) else leaf, tree, is_leaf=is_sparse)
 
 
+def _pack(w, scales, mask, structure, bits):
+  """The `NMArray` of a weight that is whole multiples of its scales."""
+  steps = jnp.repeat(scales.astype(jnp.float32), w.shape[0] // scales.shape[0], axis=0)
+  values = jnp.round(w.astype(jnp.float32) / steps).astype(jnp.int8)
+  return quant.pack(values, scales, mask, structure.n, structure.m, bits)
+
+
 def create_pruner(config: ConfigDict) -> pruners.Pruner:
   """The method with its structure: FixedFanIn, Unstructured, NM or Block, and its arguments."""
   arguments = config.structure.to_dict()
@@ -182,7 +207,9 @@ def create_pruner(config: ConfigDict) -> pruners.Pruner:
   if name not in known:
     raise ValueError(f"config.structure.name is {name!r}; allowed are {', '.join(known)}.")
   method = config.method.to_dict()
-  return pruners.Pruner(method.pop("name"), getattr(js, name)(**arguments), config.sparsity, method, config.ridge)
+  quantize = config.quantize
+  gptq = (quantize.bits, quantize.group) if quantize.bits and quantize.method == "gptq" else None
+  return pruners.Pruner(method.pop("name"), getattr(js, name)(**arguments), config.sparsity, method, config.ridge, gptq)
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -201,6 +228,13 @@ def check_fields(config: ConfigDict) -> None:
     )
   if config.quantize.bits and config.structure.name != "NM":
     raise ValueError(f"config.quantize.bits={config.quantize.bits}: only N:M layers are stored with integers.")
+  if config.quantize.method not in ("nearest", "gptq"):
+    raise ValueError(f"config.quantize.method is {config.quantize.method!r}; allowed are 'nearest' and 'gptq'.")
+  if config.quantize.bits and config.quantize.method == "gptq" and config.repair.steps:
+    raise ValueError(
+      "config.quantize.method='gptq' rounds while it prunes, and repair would move weights off the integers: take "
+      "'nearest', which rounds last, or repair.steps=0."
+    )
 
 
 class _Evaluation:

@@ -28,6 +28,8 @@ class Pruner:
     arguments: of the method.
     ridge: where given, the method's target is not the dense weight but the one that also makes up for the error of the
       pruned layers before (`calibration.corrected_target`).
+    gptq: (bits, group), where the kept weights become integers at once, by `calibration.gptq`: later rows of an output
+      make up for the rounding of earlier ones, and later layers are calibrated on what integers make of these.
   """
 
   name: str
@@ -35,6 +37,7 @@ class Pruner:
   sparsity: float | None
   arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ridge: float | None = None
+  gptq: tuple[int, int] | None = None
 
   def __post_init__(self):
     if self.name not in METHODS:
@@ -51,28 +54,39 @@ class Pruner:
   @property
   def gram(self) -> bool:
     """Whether Gram matrices are needed."""
-    return self.name in _WITH_GRAM or bool(self.arguments.get("refit"))
+    return self.name in _WITH_GRAM or bool(self.arguments.get("refit")) or self.gptq is not None
 
   def check(self, blocks: Sequence[Mapping[str, jax.Array]], linears: Sequence[str]) -> None:
     """ValueError, naming the layer, where the structure and the sparsity do not fit."""
     for i, block in enumerate(blocks):
       for name in linears:
         calibration.keep_units(self.structure, block[name].shape, self.sparsity, f"blocks/{i}/{name}")
+        if self.gptq is not None and block[name].shape[0] % self.gptq[1]:
+          raise ValueError(
+            f"blocks/{i}/{name} has {block[name].shape[0]} inputs, which groups of {self.gptq[1]} do not divide."
+          )
 
-  def callback(self, sparsities: Sequence[float] | None = None) -> Callable:
+  def callback(self, sparsities: Sequence[float] | None = None, scales: dict[str, jax.Array] | None = None) -> Callable:
     """The `prune` of `prune_blocks`.
 
     Args:
       sparsities: of each block, as `calibration.owl_sparsities` gives them; None for the same everywhere.
+      scales: with `gptq`, receives those of each layer by name; its weight divided by them is whole.
     """
 
     def prune(weights, statistics):
-      # Outputs that are pruned by themselves may be those of several layers: what depends on the inputs is done once.
-      by_output = isinstance(self.structure, (structures.FixedFanIn, structures.NM))
+      # Outputs that are pruned by themselves may be those of several layers: what depends on the Gram matrix is done once.
+      together = self.gram and isinstance(self.structure, (structures.FixedFanIn, structures.NM))
       out = {}
-      for names in [tuple(weights)] if by_output else [(name,) for name in weights]:
+      for names in [tuple(weights)] if together else [(name,) for name in weights]:
         pruned = self._prune(names, [weights[name] for name in names], statistics, sparsities)
         out |= dict(zip(names, pruned))
+      if self.gptq is None:
+        return out
+      for name, (w, mask) in out.items():
+        bits, group = self.gptq
+        whole = calibration.gptq(w, statistics.gram, mask, bits=bits, group=group, scale_dtype=jnp.bfloat16)
+        out[name], scales[name] = (whole.to_dense(w.dtype), mask), whole.scales
       return out
 
     return prune
@@ -82,7 +96,10 @@ class Pruner:
     sparsity = self.sparsity if sparsities is None else sparsities[int(names[0].split("/")[1])]
     w = weights[0] if len(weights) == 1 else jnp.concatenate(weights, -1)
     keep = jnp.int32(calibration.keep_units(self.structure, w.shape, sparsity, label))
-    arguments = tuple(sorted(self.arguments.items()))
+    arguments = self.arguments
+    if self.name == "alps":  # ranked weight by weight, many times: fewer outputs at a time stay in a CPU's cache
+      arguments = arguments | {"splits": tuple(part.shape[-1] for part in weights)}
+    arguments = tuple(sorted(arguments.items()))
     pruned, mask = _run(w, statistics, keep, self.ridge, self.name, self.structure, arguments)
     if not bool(jnp.isfinite(pruned).all()):
       raise FloatingPointError(
@@ -119,9 +136,12 @@ def sparsegpt(w, statistics, structure, keep, *, damping=0.01, block=128):
   return calibration.sparsegpt(w, statistics.gram, structure, keep, damping=damping, block=block)[:2]
 
 
-def alps(w, statistics, structure, keep, *, damping=0.01, growth=2.0, levels=8, every=8, refit_iterations=10):
+def alps(
+  w, statistics, structure, keep, *, damping=0.01, growth=2.0, levels=8, every=8, refit_iterations=10, splits=()
+):
   """Support and weights together."""
   arguments = dict(damping=damping, growth=growth, levels=levels, every=every, refit_iterations=refit_iterations)
+  arguments["splits"] = splits
   return calibration.alps(w, statistics.gram, structure, keep, **arguments)[:2]
 
 

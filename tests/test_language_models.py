@@ -260,6 +260,8 @@ def test_a_package_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch)
 
 # Pruning
 
+TWO_OF_FOUR = {"structure": {"name": "NM", "n": 2, "m": 4}, "sparsity": None}
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_can_be_pruned_with(name):
@@ -281,6 +283,12 @@ def test_every_configuration_can_be_pruned_with(name):
     ({"allocation": {"name": "owls"}}, "allowed are 'uniform' and 'owl'"),
     ({"allocation": {"name": "owl"}, "structure": {"name": "NM", "n": 2, "m": 4}, "sparsity": None}, "owl shares out"),
     ({"quantize": {"bits": 8}}, "only N:M layers are stored"),
+    ({"quantize": {"method": "gtpq"}}, "quantize.method is 'gtpq'; allowed are 'nearest' and 'gptq'"),
+    (
+      TWO_OF_FOUR | {"quantize": {"bits": 8, "method": "gptq"}, "repair": {"steps": 1}},
+      "repair would move weights off",
+    ),
+    (TWO_OF_FOUR | {"quantize": {"bits": 8, "method": "gptq", "group": 24}}, "q has 32 inputs, .* groups of 24 do not"),
     ({"sparsty": 0.5}, "Did you mean 'sparsity'"),
     ({"sparsity": 0.6, "structure": {"name": "NM", "n": 2, "m": 4}}, "blocks/0/q: .* keeps 2 of 4, a sparsity of 0.5"),
     ({"sparsity": None, "structure": {"name": "NM", "n": 1, "m": 5}}, "blocks/0/q has shape .32, 32.; .*divisible by"),
@@ -347,6 +355,21 @@ def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path
   assert (logits[at, np.array(said)] > logits.max(-1) - 0.15).all()
   with pytest.raises(ValueError, match="3 tokens; between 1 and 2"):
     next(generate.Decoder(loaded, 3).generate([1, 2, 3]))
+
+
+def test_gptq_rounds_while_it_prunes_and_what_it_makes_is_stored(model, rows):
+  quantize = {"bits": 8, "group": 16, "method": "gptq"}
+  config = toy_config("smollm2_sparsegpt", method={"name": "magnitude"}, batch_size=8, quantize=quantize)
+  pruner = prune_lm.create_pruner(config)
+  copy = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
+  masks, errors, scales = prune_lm.prune_model(copy, rows.calibration, pruner, config)
+  stored = prune_lm.compress(copy.params, masks, pruner.structure, config.quantize, scales)
+  assert stored["norm"].dtype == jnp.bfloat16
+  for block, pruned, error in zip(stored["blocks"], copy.params["blocks"], errors):
+    for name in llama.LINEARS:
+      w = block[name]
+      assert (w.n, w.m, w.bits, w.scale_group) == (2, 4, 8, 16) and 0 < error[name] < 0.5
+      np.testing.assert_array_equal(js.quant.dequantize(w, jnp.float32).to_dense(), pruned[name])
 
 
 def test_dense_weights_are_refused_where_sparse_ones_must_run(model):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import causal_attention
 from experiments import decode_attention
 from experiments import llama
 from jaxsparse import ops
@@ -61,6 +62,18 @@ def test_attention_kernel_compiles_for_an_h100():
   spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   args = spec(16, 8, 4, 128), spec(16, 2, 8, 1024, 128), jax.ShapeDtypeStruct((), jnp.int32)
   assert "mosaic_gpu" in ahead_of_time.compile_for_h100(decode_attention.attention, *args).as_text()
+
+
+@pytest.mark.parametrize("length, dtype, tolerance", [(70, jnp.float32, 1e-5), (128, jnp.bfloat16, 3e-2)])
+def test_attention_in_blocks_of_queries(length, dtype, tolerance):
+  draw = lambda key, heads: jax.random.normal(jax.random.key(key), (2, length, heads, 16), dtype)
+  q, k, v = draw(0, 6), draw(1, 2), draw(2, 2)
+  want = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  got = jax.jit(causal_attention.causal_attention)(q, k, v)
+  assert got.dtype == dtype
+  np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=tolerance, atol=tolerance)
+  with pytest.raises(ValueError, match="dot_product_attention for anything else"):
+    causal_attention.causal_attention(q, k, v, is_causal=False)
 
 
 def test_positions_matter_only_relatively():

@@ -44,8 +44,12 @@ def keep_units(
 
 def select(scores: jax.Array, structure: structures.AbstractStructure, keep: int | jax.Array) -> jax.Array:
   """Mask of the `keep` best units of each group; scores `[K, O]`, mask bool `[K, O]`."""
-  units = structure.to_units(scores)
-  mask = selection.topk_mask(units, keep, structure.unit_axes(scores.shape))
+  units, axes = structure.to_units(scores), structure.unit_axes(scores.shape)
+  if units.ndim == 2 and axes == (0,):
+    # Counts along rows: a CPU takes five times as long for counts along columns.
+    mask = selection.topk_mask(units.T, keep, 1).T
+  else:
+    mask = selection.topk_mask(units, keep, axes)
   return structure.from_units(mask, scores.shape)
 
 
