@@ -162,5 +162,6 @@ def _interpolate(first: int, last: int, size: int, progress) -> jax.Array:
 
 
 def ceil(x: jax.Array) -> jax.Array:
+  """x rounded up, as int32; products that are whole but for float32's rounding stay what they are."""
   # 0.3 * 10 is a little above 3 in float32; the slack keeps whole products whole.
   return jnp.ceil(x * (1 - 1e-6)).astype(jnp.int32)

@@ -36,15 +36,11 @@ def init(
         f"{updater!r} needs an inner optimizer whose state has {name!r}, such as adamw_nm(..., {name}=...) or a "
         f"chain with scale_by_adam_nm({name}=...); with another it would be a different method."
       )
-  return _state.SparsityState(
-    count=jnp.zeros((), jnp.int32),
-    key=data,
-    masks=leaves.treedef.unflatten(masks),
-    drop_state=_scorer_states(updater.drop, leaves, plans) if updater.schedule.refreshes else (),
-    grow_state=_scorer_states(updater.grow, leaves, plans) if updater.schedule.refreshes else (),
-    forward_state=(),
-    inner_state=inner_state,
-    tag={} if tag is None else {tag: ()},
+  state = _state.first(data, leaves.treedef.unflatten(masks), inner_state, tag)
+  if not updater.schedule.refreshes:
+    return state
+  return state._replace(
+    drop_state=_scorer_states(updater.drop, leaves, plans), grow_state=_scorer_states(updater.grow, leaves, plans)
   )
 
 

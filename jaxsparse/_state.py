@@ -36,6 +36,12 @@ class SparsityState(NamedTuple):
   tag: dict[str, tuple[()]]
 
 
+def first(key: jax.Array, masks: Any, inner_state: optax.OptState, tag: str | None) -> SparsityState:
+  """The state before the first update, with stateless scorers."""
+  tags = {} if tag is None else {tag: ()}
+  return SparsityState(jnp.zeros((), jnp.int32), key, masks, (), (), (), inner_state, tags)
+
+
 def tag_name(state: SparsityState) -> str | None:
   """The `tag=` that was given to `wrap_optax`."""
   return next(iter(state.tag), None)

@@ -43,16 +43,7 @@ def init(
       )
     whole = structures.Compact(plan.structure, plan.shape)
     nodes.append(masks_lib.UnsetMask(stored, repr(updater), structure=whole))
-  return _state.SparsityState(
-    count=jnp.zeros((), jnp.int32),
-    key=_engine.key_data(key),
-    masks=leaves.treedef.unflatten(nodes),
-    drop_state=(),
-    grow_state=(),
-    forward_state=(),
-    inner_state=inner.init(params),
-    tag={} if tag is None else {tag: ()},
-  )
+  return _state.first(_engine.key_data(key), leaves.treedef.unflatten(nodes), inner.init(params), tag)
 
 
 def update(

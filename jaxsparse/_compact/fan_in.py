@@ -47,6 +47,7 @@ def take(plan: _plan.LeafPlan, node: FixedFanInArray):
 
 
 def positions(plan: _plan.LeafPlan, indices: jax.Array) -> masks_lib.Positions:
+  """Indices `[fan_in, O]` as the node that stands in the place of a mask."""
   return masks_lib.Positions(indices, (), tuple(indices.shape), structures.Compact(plan.structure, plan.shape))
 
 

@@ -24,6 +24,7 @@ class QuantileSketch(NamedTuple):
 
 
 def init_sketch() -> QuantileSketch:
+  """A sketch of nothing."""
   return QuantileSketch(jnp.zeros(_BINS, jnp.float32))
 
 
