@@ -5,6 +5,8 @@
 Seconds are those of pruning alone, compilation included: from the dense model in memory to the pruned one. Perplexity is that
 of the 48 test rows of `experiments/text_rows.py`. Rows are written as they come, and kept by a later run with the same --out.
 Memory is the highest resident set of the process so far, above what imports take: for a figure of one method, run it alone.
+`alps` is towards corrected targets, `alps_plain` towards the dense weights, `_owl` shares the sparsity out, `_16x16` removes
+blocks, `_int8` and `_int4` round to the nearest, `_gptq8` and `_gptq4` while pruning.
 """
 
 import importlib
@@ -30,7 +32,11 @@ from jaxsparse import calibration
 ROWS = (
   "dense",
   *(f"magnitude:{pattern}" for pattern in ("0.3", "0.5", "0.6", "2:4")),
-  *(f"{method}:{pattern}" for method in ("wanda", "sparsegpt", "alps") for pattern in ("0.5", "0.6", "2:4")),
+  *(
+    f"{m}:{pattern}" for m in ("wanda", "dsnot", "sparsegpt", "alps_plain", "alps") for pattern in ("0.5", "0.6", "2:4")
+  ),
+  *("wanda_owl:0.6", "alps_owl:0.6", "alps_16x16:0.3", "alps_16x16:0.5"),
+  *(f"alps_{rounding}:2:4" for rounding in ("int8", "int4", "gptq8", "gptq4")),
 )
 GOALS = {"wanda": 60, "sparsegpt": 120, "alps": 360}  # seconds on two CPU cores
 
@@ -47,10 +53,19 @@ COLUMNS = ("row", "seconds", "goal", "cpu_seconds", "peak_mb", "perplexity", "br
 
 def configuration(method: str, pattern: str) -> ConfigDict:
   """The shipped configuration of a method with another pattern: n:m, or the fraction to remove."""
-  config = importlib.import_module(f"configs.smollm2_{method}").get_config()
-  structure = {"wanda": "FixedFanIn", "alps": "FixedFanIn", "sparsegpt": "Unstructured"}[method]
-  config.structure = ConfigDict(dict(name=structure))
+  method, _, variant = method.partition("_")
+  config = importlib.import_module(f"configs.smollm2_{'wanda' if method == 'dsnot' else method}").get_config()
+  config.method.name = method
+  config.structure = ConfigDict(dict(name="Unstructured" if method == "sparsegpt" else "FixedFanIn"))
   config.sparsity = None
+  if variant == "plain":
+    config.layer_by_layer, config.ridge = False, None
+  elif variant == "owl":
+    config.allocation.name = "owl"
+  elif "x" in variant:
+    config.structure = ConfigDict(dict(name="Block", shape=tuple(map(int, variant.split("x")))))
+  elif variant:
+    config.quantize.bits, config.quantize.method = int(variant[-1]), "gptq" if variant[:-1] == "gptq" else "nearest"
   if ":" in pattern:
     n, m = map(int, pattern.split(":"))
     config.structure = ConfigDict(dict(name="NM", n=n, m=m))
@@ -78,21 +93,26 @@ def measure(row, model, rows) -> dict:
   method, _, pattern = row.partition(":")
   limit = _BLOCKS.value or len(model.params["blocks"])
   head, tail = model.params["blocks"][:limit], model.params["blocks"][limit:]
-  found = {"row": row, "blocks": limit}
+  found, params = {"row": row, "blocks": limit}, model.params
   start, start_cpu = time.perf_counter(), time.process_time()
   if method == "magnitude":
     head = jax.block_until_ready(by_magnitude(head, pattern))
   elif method != "dense":
     config = configuration(method, pattern)
     part = model._replace(params=dict(model.params, blocks=list(head)))
-    _, errors, _ = prune_lm.prune_model(part, rows.calibration, prune_lm.create_pruner(config), config)
+    pruner = prune_lm.create_pruner(config)
+    masks, errors, scales = prune_lm.prune_model(part, rows.calibration, pruner, config)
     head = jax.block_until_ready(part.params["blocks"])
+    if config.quantize.bits:  # what is stored, integers between bfloat16
+      params = prune_lm.compress(part.params, masks, pruner.structure, config.quantize, scales)
+      head = params["blocks"]
     found["errors"] = {name: sum(e[name] for e in errors) / len(errors) for name in errors[0]}
-    found["goal"] = GOALS[method]
+    if jax.default_backend() == "cpu" and method in GOALS:
+      found["goal"] = GOALS[method]
   if method != "dense":
     found |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu}
   found["peak_mb"] = _peak_mb() - _IMPORTS_MB
-  params = dict(model.params, blocks=[*head, *tail])
+  params = dict(params, blocks=[*head, *tail])
   found["perplexity"] = perplexity.perplexity(params, model.config, rows.test)
   if _BROWN.value:
     found["brown"] = perplexity.perplexity(params, model.config, rows.brown)

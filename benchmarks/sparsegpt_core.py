@@ -1,14 +1,16 @@
 """SparseGPT of one large layer: seconds, memory, and the objective against a float64 implementation.
 
-  PYTHONPATH=. python benchmarks/sparsegpt_core.py [--scale=1] [--blocks=64,128,256] [--out=results/sparsegpt_core]
+  PYTHONPATH=. python benchmarks/sparsegpt_core.py [--shapes=4096x4096] [--scale=1] [--blocks=64,128,256]
+    [--out=results/sparsegpt_core]
 
 The layer and its calibration inputs are random, with inputs that are correlated. Seconds are wall-clock for one finished
 call, compilation apart; the goals are for an H100. The reference follows the paper to the letter (the inverse of H, its
-Cholesky factor, one row after the other) in float64, for some of the outputs where these are independent.
+Cholesky factor, one row after the other) in float64, for some of the outputs where these are independent. Rows are written as they come, and kept by a later run with the same --out.
 """
 
 from concurrent import futures
 import functools
+import json
 import pathlib
 import statistics
 import time
@@ -23,6 +25,7 @@ from jaxsparse import calibration
 from jaxsparse import structures
 
 _SCALE = flags.DEFINE_integer("scale", 1, "Divides every side: to try the script on a CPU.")
+_SHAPES = flags.DEFINE_list("shapes", None, "Any of 4096x4096, 4096x14336 and 14336x4096; all of them by default.")
 _BLOCKS = flags.DEFINE_list("blocks", ["64", "128", "256"], "Rows of a block.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Calls; the median is reported.")
 _OUT = flags.DEFINE_string("out", "results/sparsegpt_core", "Where the JSON goes, without suffix.")
@@ -102,10 +105,15 @@ def measure(call, w, gram):
 def main(argv):
   del argv
   out = pathlib.Path(_OUT.value + ".json")
+  shapes = SHAPES if _SHAPES.value is None else [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
+  if unknown := [shape for shape in shapes if shape not in SHAPES]:
+    raise app.UsageError(f"--shapes: {unknown} are not among {SHAPES}.")
   cases = [
-    (tuple(n // _SCALE.value for n in s), st, int(b), s) for s in SHAPES for st in STRUCTURES for b in _BLOCKS.value
+    (tuple(n // _SCALE.value for n in s), st, int(b), s) for s in shapes for st in STRUCTURES for b in _BLOCKS.value
   ]
-  results, layer, truth = [], (None, None), {}
+  key_of = lambda row: (tuple(row["shape"]), row["structure"], row["block"])
+  results = json.loads(out.read_text())["rows"] if out.exists() else []
+  layer, truth = (None, None), {}
   with futures.ThreadPoolExecutor(8) as pool:
     compiled = [pool.submit(compile_case, *case[:3]) for case in cases]
     print(
@@ -129,7 +137,7 @@ def main(argv):
           truth[key] = float(objective(exact, w[:, few], gram))
       row["float64"] = truth.get(key)
       row["goal"] = GOALS[full]
-      results.append(row)
+      results = [old for old in results if key_of(old) != key_of(row)] + [row]
       report.write_json(out, results)
       reference = "-" if row["float64"] is None else f"{row['float64']:.6f}"
       print(

@@ -9,4 +9,5 @@ from configs import smollm2_alps
 def get_config():
   config = smollm2_alps.get_config()
   config.repair.steps = 300
+  config.repair.attention = "cudnn"
   return config

@@ -175,9 +175,15 @@ def decode_block(
   return cache, x + mlp(layer.gate_up, layer.down, rms_norm(x, layer.mlp_norm, config.norm_epsilon), product)
 
 
-def apply_block(params: Mapping[str, Any], x: jax.Array, config: Config, product: Callable = matmul) -> jax.Array:
+def apply_block(
+  params: Mapping[str, Any],
+  x: jax.Array,
+  config: Config,
+  product: Callable = matmul,
+  attend: Callable = causal_attention.causal_attention,
+) -> jax.Array:
   """`block` for one of a language model's blocks."""
-  return block(layer_of(params), x, config, product, causal_attention.causal_attention)
+  return block(layer_of(params), x, config, product, attend)
 
 
 def embed(params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
     python experiments/prune_lm.py --config=configs/smollm2_wanda.py --workdir=runs/smollm2_wanda
 
 The working directory gets model/ (weights, tokenizer and configuration, for experiments/generate.py) and the report:
-report.md, report.json and errors.png.
+report.md, report.json and errors.png, written anew after every stage.
 """
 
 import difflib
@@ -76,10 +76,10 @@ def prune_lm(
   workdir.mkdir(parents=True, exist_ok=True)
   if rows is None:
     rows = text_rows.load(model.tokenizer, config.length, config.data_dir or None, training=config.repair.steps > 0)
-  evaluate = _Evaluation(model.config, rows, config.batch_size)
   report = prune_report.Report(config)
+  evaluate = _Evaluation(report, workdir, model.config, rows, config.batch_size)
 
-  evaluate(report, "dense", model.params)
+  evaluate("dense", model.params)
   # Pruning puts each pruned block in the place of the dense one; repair, and a caller with a model, keep theirs.
   dense = model.params if config.repair.steps else None
   model = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
@@ -88,7 +88,7 @@ def prune_lm(
   report.seconds["pruning"] = time.perf_counter() - start
   report.layers(masks, errors)
   params = model.params
-  evaluate(report, "pruned", params)
+  evaluate("pruned", params)
 
   if config.repair.steps:
     start = time.perf_counter()
@@ -97,10 +97,10 @@ def prune_lm(
     )
     params, report.losses = train(params, masks, progress=lambda steps: _bar(steps, desc="repair"))
     report.seconds["repair"] = time.perf_counter() - start
-    evaluate(report, "repaired", params)
+    evaluate("repaired", params)
     if config.repair.dense_baseline:
       same, _ = train(dense, None, progress=lambda steps: _bar(steps, desc="dense, the same steps"))
-      evaluate(report, "dense, trained as long", same)
+      evaluate("dense, trained as long", same)
       del same
     del dense
 
@@ -110,7 +110,7 @@ def prune_lm(
   if isinstance(pruner.structure, js.NM):
     # What was saved, as it was saved; every linear layer through nm_matmul, which takes no dense weight.
     saved = language_models.load(workdir / "model").params
-    evaluate(report, "compressed", saved, language_models.sparse_product)
+    evaluate("compressed", saved, language_models.sparse_product)
   return report.write(workdir)
 
 
@@ -226,6 +226,8 @@ def check_fields(config: ConfigDict) -> None:
     raise ValueError(
       "config.allocation: owl shares out a sparsity; a structure that implies its own leaves none to share."
     )
+  if config.repair.attention not in ("xla", "cudnn"):
+    raise ValueError(f"config.repair.attention is {config.repair.attention!r}; allowed are 'xla' and 'cudnn'.")
   if config.quantize.bits and config.structure.name != "NM":
     raise ValueError(f"config.quantize.bits={config.quantize.bits}: only N:M layers are stored with integers.")
   if config.quantize.method not in ("nearest", "gptq"):
@@ -238,15 +240,17 @@ def check_fields(config: ConfigDict) -> None:
 
 
 class _Evaluation:
-  """Perplexities of a stage, into the report."""
+  """Perplexities of a stage, into the report, which is written at once: a crash leaves what was finished."""
 
-  def __init__(self, config: llama.Config, rows: text_rows.Rows, batch: int):
-    self._config, self._batch = config, batch
+  def __init__(
+    self, report: prune_report.Report, workdir: pathlib.Path, config: llama.Config, rows: text_rows.Rows, batch: int
+  ):
+    self._report, self._workdir, self._config, self._batch = report, workdir, config, batch
     self._rows = {"State of the Union": rows.test, "Brown": rows.brown}
 
-  def __call__(self, report, stage: str, params: Any, product=llama.matmul) -> None:
+  def __call__(self, stage: str, params: Any, product=llama.matmul) -> None:
     start = time.perf_counter()
-    report.perplexities[stage] = {
+    self._report.perplexities[stage] = {
       corpus: perplexity.perplexity(
         params,
         self._config,
@@ -258,7 +262,8 @@ class _Evaluation:
       for corpus, rows in self._rows.items()
       if len(rows)
     }
-    report.seconds[f"evaluation, {stage}"] = time.perf_counter() - start
+    self._report.seconds[f"evaluation, {stage}"] = time.perf_counter() - start
+    self._report.write(self._workdir)
 
 
 if __name__ == "__main__":

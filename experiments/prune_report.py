@@ -1,7 +1,9 @@
 """The report of pruning a language model: report.json, report.md, and a plot of every layer's error."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import json
+import os
 import pathlib
 import resource
 from typing import Any
@@ -18,7 +20,7 @@ _COLOURS = dict(zip(llama.LINEARS, ("#2f6db3", "#6fa3d8", "#a9c8e8", "#4d4d4d", 
 
 
 class Report:
-  """Collects what happens; `write` makes the files.
+  """Collects what happens; `write` makes the files of what is known so far, each in one piece.
 
   Attributes:
     perplexities: {stage: {corpus: perplexity}}.
@@ -57,30 +59,39 @@ class Report:
     }
 
   def write(self, workdir: pathlib.Path) -> dict[str, Any]:
-    """Writes the files; returns what report.json holds."""
+    """Writes report.json, report.md and, once layers are pruned, errors.png; returns what report.json holds."""
     size, kept = (sum(layer[key] for layer in self._layers) for key in ("size", "kept"))
     out = {
       "perplexities": self.perplexities,
-      "sparsity": 1 - kept / size,
+      "sparsity": 1 - kept / size if size else 0.0,
       "seconds": {what: round(seconds, 2) for what, seconds in self.seconds.items()},
-      "bytes": self._bytes | {"model.safetensors": self.file_bytes},
+      "bytes": self._bytes | ({"model.safetensors": self.file_bytes} if self.file_bytes else {}),
       "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
       "device": str(jax.devices()[0].device_kind),
       "repair_losses": self.losses,
       "layers": self._layers,
       "config": self._config,
     }
-    (workdir / "report.json").write_text(json.dumps(out, indent=2) + "\n")
-    (workdir / "report.md").write_text(_markdown(out))
-    _plot(workdir / "errors.png", out)
+    if self._layers:
+      _replace(workdir / "errors.png", lambda path: _plot(path, out))
+    _replace(workdir / "report.md", lambda path: path.write_text(_markdown(out)))
+    _replace(workdir / "report.json", lambda path: path.write_text(json.dumps(out, indent=2) + "\n"))
     return out
 
 
+def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+  """The file as it was, or as it is meant to be: a crash leaves nothing between."""
+  partial = path.with_name(f".{os.getpid()}.{path.name}")
+  write(partial)
+  partial.replace(path)
+
+
 def _markdown(out: dict[str, Any]) -> str:
-  config = out["config"]
+  config, nbytes = out["config"], out["bytes"]
   corpora = list(next(iter(out["perplexities"].values())))
-  stored, before = out["bytes"]["linears, stored"], out["bytes"]["linears, dense bfloat16"]
-  model, whole = out["bytes"]["model.safetensors"], out["bytes"]["model, dense bfloat16"]
+  share = lambda label, name, of: (
+    [f"| {label} | {nbytes[name]:,} bytes, {nbytes[name] / nbytes[of]:.3f} of bfloat16 |"] if name in nbytes else []
+  )
   lines = [
     f"# {config['model']}, {config['method']['name']} at {100 * out['sparsity']:.2f} %",
     "",
@@ -95,13 +106,12 @@ def _markdown(out: dict[str, Any]) -> str:
     "| | |",
     "|---|---:|",
     f"| sparsity of the linear layers | {100 * out['sparsity']:.2f} % |",
-    f"| linear layers, stored | {stored:,} bytes, {stored / before:.3f} of bfloat16 |",
-    f"| model.safetensors | {model:,} bytes, {model / whole:.3f} of the dense bfloat16 model |",
+    *share("linear layers, stored", "linears, stored", "linears, dense bfloat16"),
+    *share("model.safetensors", "model.safetensors", "model, dense bfloat16"),
     f"| most memory at a time | {out['peak_resident_bytes'] / 2**20:,.0f} MiB |",
     *(f"| seconds: {what} | {seconds:.1f} |" for what, seconds in out["seconds"].items()),
     "",
-    "![Error of each layer](errors.png)",
-    "",
+    *(["![Error of each layer](errors.png)", ""] if out["layers"] else []),
     "| layer | shape | sparsity | error |",
     "|---|---|---:|---:|",
     *(

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+from experiments import causal_attention
 from experiments import llama
 import jaxsparse as js
 from jaxsparse import recipes
@@ -38,7 +39,8 @@ def repair(
     config: of the model.
     rows: int `[R, T]`, to train on.
     options: `steps`, `batch_size`, `learning_rate` (Adam; a cosine to 0, rising over the first tenth of the steps), `distill` (share of
-      the divergence from the dense model in the loss; the rest is the loss on the text) and `dtype` (of products).
+      the divergence from the dense model in the loss; the rest is the loss on the text), `dtype` (of products) and
+      `attention` ("xla", or "cudnn" on a GPU, in 16 bits: half the time of a step there).
     seed: of the order of rows.
     progress: wraps the steps, such as `tqdm.tqdm`.
 
@@ -52,7 +54,7 @@ def repair(
   if options.batch_size > len(rows):
     raise ValueError(f"repair.batch_size={options.batch_size} is more than the {len(rows)} training rows.")
   linears = None if masks is None else tuple(masks[0])
-  tx, step = _program(config, linears, options.distill, options.dtype)
+  tx, step = _program(config, linears, options.distill, options.dtype, options.attention)
   trained = _stacked(params)
   fixed = {name: value for name, value in dense.items() if name in ("embedding", "head")}
   opt_state = jax.jit(tx.init)(trained)
@@ -78,19 +80,27 @@ def repair(
 
 
 @functools.cache
-def _program(config: llama.Config, linears: tuple[str, ...] | None, distill: float, dtype: str) -> tuple[Any, Any]:
+def _program(
+  config: llama.Config, linears: tuple[str, ...] | None, distill: float, dtype: str, attention: str
+) -> tuple[Any, Any]:
   """The optimizer and the compiled step, the same for every mask and number of steps."""
   # Given masks: of the updaters whose masks never change, this one does not make any of its own first.
   rules = lambda: js.Rules((rf"blocks/({'|'.join(linears)})", js.Unstructured()), (".*", None))
   updater = js.no_prune() if linears is None else js.snip(sparsity=0.5, rules=rules())
   tx = updater.wrap_optax(optax.chain(optax.scale_by_adam(b2=0.98), _scale_by_rate()))
+  attend = {
+    "xla": causal_attention.causal_attention,
+    "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+  }[attention]
+  hidden = functools.partial(_hidden, config=config, attend=attend)
 
   def step(trained, opt_state, teacher, fixed, tokens, rate):
-    theirs = _hidden(teacher, fixed, tokens[:, :-1], config) if distill else None
+    # The last token is fed too, although nothing is known of what follows it: 255 positions would misalign products.
+    theirs = hidden(teacher, fixed, tokens)[:, :-1] if distill else None
 
     def loss_fn(trained):
       narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
-      ours = _hidden(narrow, fixed, tokens[:, :-1], config)
+      ours = hidden(narrow, fixed, tokens)[:, :-1]
       return _loss(narrow, ours, teacher, theirs, fixed, tokens[:, 1:], config, distill)
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
@@ -110,31 +120,35 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _hidden(params, fixed, tokens, config):
+def _hidden(params, fixed, tokens, config, attend):
   """The residual stream after the last block; the backward pass finds the results of products, and no more."""
   x = llama.embed(fixed, tokens).astype(params["norm"].dtype)
   kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  body = jax.checkpoint(lambda x, block: (llama.apply_block(block, x, config), None), policy=kept)
+  body = jax.checkpoint(lambda x, block: (llama.apply_block(block, x, config, attend=attend), None), policy=kept)
   return jax.lax.scan(body, x, params["blocks"])[0]
 
 
 def _loss(params, ours, teacher, theirs, fixed, targets, config, distill):
-  """The mean over rows, of which a few at a time have their logits in memory."""
+  """The mean over rows, of which a few at a time have their logits in memory, forwards and backwards at once."""
   fixed = {name: value.astype(ours.dtype) for name, value in fixed.items()}
-  logits = lambda params, x: llama.logits(fixed | {"norm": params["norm"]}, x, config)
 
-  @jax.checkpoint
-  def some(args):
-    ours, theirs, targets = args
-    mine = logits(params, ours)
+  def of_some(ours, norm, theirs, targets):
+    mine = llama.logits(fixed | {"norm": norm}, ours, config)
     text = optax.softmax_cross_entropy_with_integer_labels(mine, targets).mean()
     if theirs is None:
       return text
-    return recipes.distill(text, mine, logits(teacher, theirs), weight=distill, temperature=1.0)
+    wanted = llama.logits(fixed | {"norm": teacher["norm"]}, theirs, config)
+    return recipes.distill(text, mine, wanted, weight=distill, temperature=1.0)
 
   groups = 1 if targets.shape[0] % _ROWS else targets.shape[0] // _ROWS
   split = lambda a: None if a is None else a.reshape(groups, -1, *a.shape[1:])
-  return jax.lax.map(some, (split(ours), split(theirs), split(targets))).mean()
+  here = jax.lax.stop_gradient((ours, params["norm"]))
+  some = lambda args: jax.value_and_grad(of_some, argnums=(0, 1))(args[0], here[1], *args[1:])
+  losses, slopes = jax.lax.map(some, (split(here[0]), split(theirs), split(targets)))
+  slopes = slopes[0].reshape(ours.shape) / groups, slopes[1].mean(0)
+  # What is differentiated is linear in what the logits depend on, so that they are computed once.
+  away = [jnp.vdot(slope, a - at) for slope, a, at in zip(slopes, (ours, params["norm"]), here)]
+  return losses.mean() + sum(away).astype(jnp.float32)
 
 
 def _stacked(params):

@@ -31,7 +31,7 @@ def order(batch: int, w: Any, packed: str | None, target: _dispatch.Target) -> S
     return [("xla", f"no kernel is written for {target}; decompresses, then a dense dot.")]
   xla = ("xla", "decompresses, then a dense dot: no kernel runs this.")
   extra = "" if packed else " The weight is packed in every call: pack it once."
-  if dense_wins(*w.shape):
+  if not packed and dense_wins(*w.shape):  # the dense path would unpack a packed weight in every call
     return [("xla", f"a weight of {w.shape[0]} x {w.shape[1]} is small: kernels win from {SMALL_WEIGHT} entries on.")]
   hopper = ("hopper", f"the sparse tensor cores.{extra}")
   decode = ("decode", f"few rows of x: reads only packed bytes.{extra}")
