@@ -1,6 +1,7 @@
 """Post-training pruning of SmolLM2-135M: seconds, processor time, memory and perplexity of each method.
 
   PYTHONPATH=. python benchmarks/prune_lm.py [--rows=wanda:0.5,alps:2:4] [--blocks=30] [--brown] [--out=results/prune_lm]
+  PYTHONPATH=. python benchmarks/prune_lm.py --rows=all --brown --threads=8 --batch_size=64   # perplexities on a GPU
 
 Seconds are those of pruning alone, compilation included: from the dense model in memory to the pruned one. Perplexity is that
 of the 48 test rows of `experiments/text_rows.py`. Rows are written as they come, and kept by a later run with the same --out.
@@ -9,10 +10,12 @@ Memory is the highest resident set of the process so far, above what imports tak
 blocks, `_int8` and `_int4` round to the nearest, `_gptq8` and `_gptq4` while pruning.
 """
 
+from concurrent import futures
 import importlib
 import json
 import pathlib
 import resource
+import threading
 import time
 
 from absl import app
@@ -44,6 +47,10 @@ _ROWS = flags.DEFINE_list(
   "rows", ["dense", "wanda:0.5", "sparsegpt:2:4", "alps:2:4"], f"Any of {', '.join(ROWS)}; or all."
 )
 _BLOCKS = flags.DEFINE_integer("blocks", None, "Prunes the first blocks only: to try the script.")
+_THREADS = flags.DEFINE_integer(
+  "threads", 1, "Rows at a time: they compile beside each other; then times mean nothing."
+)
+_BATCH = flags.DEFINE_integer("batch_size", None, "Calibration rows at a time; those of the configuration by default.")
 _BROWN = flags.DEFINE_bool("brown", False, "Perplexity on the Brown corpus, too.")
 _DATA = flags.DEFINE_string("data_dir", "", "Where model and texts are kept; data/ beside experiments/ by default.")
 _OUT = flags.DEFINE_string("out", "results/prune_lm", "Where the JSON goes, without suffix.")
@@ -72,6 +79,7 @@ def configuration(method: str, pattern: str) -> ConfigDict:
   else:
     config.sparsity = float(pattern)
   config.data_dir = _DATA.value
+  config.batch_size = _BATCH.value or config.batch_size
   return config
 
 
@@ -137,11 +145,19 @@ def main(argv):
   model = language_models.load(config.model, config.data_dir, config.dtype)
   rows = text_rows.load(model.tokenizer, config.length, config.data_dir or None, training=False)
   print(f"model and texts: {_peak_mb() - _IMPORTS_MB:.0f} MB above the imports", flush=True)
-  for row in wanted:
+  key, lock = lambda found: (found["row"], found["blocks"]), threading.Lock()
+
+  def one(row):
     found = measure(row, model, rows)
-    done = [old for old in done if (old["row"], old["blocks"]) != (row, found["blocks"])] + [found]
-    report.write_json(out, done)
-    report.print_table([found], COLUMNS)
+    with lock:
+      done[:] = [old for old in done if key(old) != key(found)] + [found]
+      report.write_json(out, done, threads=_THREADS.value)
+      report.print_table([found], COLUMNS)
+
+  with futures.ThreadPoolExecutor(_THREADS.value) as pool:
+    jobs = [pool.submit(one, row) for row in wanted]
+  for job in jobs:
+    job.result()  # a row that failed says so once the others are done
   report.print_table(done, COLUMNS)
 
 

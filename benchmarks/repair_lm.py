@@ -8,6 +8,7 @@ Seconds are those of the steps, compilation apart. Perplexity is that of the tes
 nothing is trained or calibrated on. Rows are written as they come, and kept by a later run with the same --out.
 """
 
+from concurrent import futures
 import dataclasses
 import json
 import pathlib
@@ -30,6 +31,7 @@ from experiments import text_rows
 _ROWS = flags.DEFINE_list("rows", ["2:4/distill/300"], "pattern/loss/steps, any number of them.")
 _RATE = flags.DEFINE_float("learning_rate", None, "Of the repair; that of the configuration by default.")
 _ATTENTION = flags.DEFINE_string("attention", "cudnn", "xla, or cudnn on a GPU.")
+_BATCH = flags.DEFINE_integer("batch_size", None, "Calibration rows at a time; those of the configuration by default.")
 _DATA = flags.DEFINE_string("data_dir", "", "Where model and texts are kept; data/ beside experiments/ by default.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Keeps the first blocks only: to try the script.")
 _OUT = flags.DEFINE_string("out", "results/repair_lm", "Where the JSON goes, without suffix.")
@@ -54,6 +56,7 @@ def pruned(pattern, model, rows):
   if ":" not in pattern:
     config.structure, config.sparsity = ConfigDict(dict(name="FixedFanIn")), float(pattern)
   part = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
+  config.batch_size = _BATCH.value or config.batch_size
   masks, _, _ = prune_lm.prune_model(part, rows.calibration, prune_lm.create_pruner(config), config)
   return part.params, masks
 
@@ -89,12 +92,13 @@ def main(argv):
     shorter = dataclasses.replace(model.config, layers=_LAYERS.value)
     model = model._replace(config=shorter, params=dict(model.params, blocks=model.params["blocks"][: _LAYERS.value]))
   rows = text_rows.load(model.tokenizer, config.length, _DATA.value or None, training=True)
-  starts = {"dense": (model.params, None)}
+  patterns = sorted({row.split("/")[0] for row in _ROWS.value} - {"dense"})
+  at_a_time = len(patterns) if jax.default_backend() == "gpu" else 1  # there, compiling takes longest
+  with futures.ThreadPoolExecutor(max(1, at_a_time)) as pool:
+    starts = dict(zip(patterns, pool.map(lambda pattern: pruned(pattern, model, rows), patterns)))
+  starts["dense"] = model.params, None
   for row in _ROWS.value:
-    pattern = row.split("/")[0]
-    if pattern not in starts:
-      starts[pattern] = pruned(pattern, model, rows)
-    found = measure(row, starts[pattern], model, rows)
+    found = measure(row, starts[row.split("/")[0]], model, rows)
     key = lambda line: (line["row"], line["learning_rate"])
     done = [old for old in done if key(old) != key(found)] + [found]
     report.write_json(out, done)

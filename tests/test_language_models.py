@@ -283,6 +283,7 @@ def test_every_configuration_can_be_pruned_with(name):
     ({"allocation": {"name": "owls"}}, "allowed are 'uniform' and 'owl'"),
     ({"allocation": {"name": "owl"}, "structure": {"name": "NM", "n": 2, "m": 4}, "sparsity": None}, "owl shares out"),
     ({"quantize": {"bits": 8}}, "only N:M layers are stored"),
+    ({"repair": {"attention": "flash"}}, "repair.attention is 'flash'; allowed are 'xla' and 'cudnn'"),
     ({"quantize": {"method": "gtpq"}}, "quantize.method is 'gtpq'; allowed are 'nearest' and 'gptq'"),
     (
       TWO_OF_FOUR | {"quantize": {"bits": 8, "method": "gptq"}, "repair": {"steps": 1}},
@@ -343,7 +344,8 @@ def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path
 
   # Token by token, with fused weights and a cache, against whole sequences.
   decoder = generate.Decoder(loaded, 12)
-  assert isinstance(decoder.layers.qkv, js.NMArray) and decoder.layers.qkv.shape == (2, 32, 64)
+  assert isinstance(decoder.layers[0].qkv, js.NMArray) and decoder.layers[0].qkv.shape == (32, 64)
+  assert set(decoder.products()) == {"qkv", "out", "gate_up", "down"} and "dense" not in decoder.products().values()
   said = list(decoder.generate([3, 1, 4]))
   assert len(said) == 9
   x = llama.embed(loaded.params, jnp.array([[3, 1, 4, *said[:-1]]]))
@@ -353,8 +355,37 @@ def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path
   at = np.arange(9)
   # bfloat16: where two logits are as good as equal, either may win.
   assert (logits[at, np.array(said)] > logits.max(-1) - 0.15).all()
-  with pytest.raises(ValueError, match="3 tokens; between 1 and 2"):
-    next(generate.Decoder(loaded, 3).generate([1, 2, 3]))
+  assert list(decoder.generate([3, 1, 4], end=frozenset([said[5]]))) == said[: said.index(said[5])]
+
+
+def test_sequences_of_a_batch_do_not_see_each_other(model):
+  """With answers of more than one chunk, a prompt that ends inside one, and another dtype."""
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+  prompts = np.random.default_rng(2).integers(0, 64, (2, 19))
+  decoder = generate.Decoder(model._replace(params=params), 40, batch=2)
+  assert set(decoder.products().values()) == {"dense"}
+  chunks = list(decoder.extend(prompts))
+  assert [chunk.shape for chunk in chunks] == [(2, 14), (2, 7)]
+  other = list(decoder.extend(prompts[[1, 1]]))
+  np.testing.assert_array_equal(np.concatenate(other, 1)[0], np.concatenate(chunks, 1)[1])
+  with pytest.raises(ValueError, match="40 tokens; between 1 and 39"):
+    next(decoder.extend(np.zeros((2, 40), int)))
+  with pytest.raises(ValueError, match=r"2 prompts of equal length .* \(1, 3\)"):
+    next(decoder.extend([[1, 2, 3]]))
+
+
+def test_a_run_that_fails_leaves_the_report_of_what_was_finished(model, rows, tmp_path, monkeypatch):
+  def fail(*args):
+    raise OSError("no space left")
+
+  monkeypatch.setattr(language_models, "save", fail)
+  config = toy_config("smollm2_sparsegpt", method={"name": "magnitude"}, batch_size=8)
+  with pytest.raises(OSError, match="no space"):
+    prune_lm.prune_lm(config, tmp_path, model=model, rows=rows)
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert list(report["perplexities"]) == ["dense", "pruned"] and len(report["layers"]) == 14
+  assert "| pruned |" in (tmp_path / "report.md").read_text()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "report.json", "report.md"]
 
 
 def test_gptq_rounds_while_it_prunes_and_what_it_makes_is_stored(model, rows):

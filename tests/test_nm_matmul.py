@@ -327,6 +327,9 @@ def test_dense_wins_and_says_so(gpu, monkeypatch):
   choice = js.ops.which_nm_matmul(*case(16, 6, 2, 4, 8, jnp.bfloat16))
   assert choice.implementation == "xla" and "is small: kernels win from" in choice.reason
   assert choice.rejected["hopper"] == "'xla' is preferred here."
+  # Packed, it would be unpacked in every call.
+  monkeypatch.setattr(api, "_packed_as", lambda w: "decode")
+  assert js.ops.which_nm_matmul(*case(16, 6, 2, 4, 8, jnp.bfloat16)).implementation == "decode"
 
 
 def test_small_weights_go_dense():
