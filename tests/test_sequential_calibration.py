@@ -1,6 +1,10 @@
 """Calibration of a model block after block: what each layer is fed with, and what has been pruned before it."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +130,37 @@ def test_devices_sum_up_to_the_whole():
   for names, statistics in summed.items():
     jax.tree.map(lambda a, b: close(a[0], b), statistics, whole[names].statistics)
     close(statistics.gram[0], statistics.gram[1])
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxsparse import calibration
+from tests.test_sequential_calibration import LINEARS, apply_block, blocks_and_hidden
+blocks, hidden = blocks_and_hidden(batches=4)
+x = np.concatenate(hidden)
+def collect(params, x, dense):
+  out, inputs = calibration.collect(apply_block, params, x, LINEARS, gram=True, sketch=True, dense=dense)
+  return out, {"/".join(names): seen.statistics for names, seen in inputs.items()}
+def each(params, x, dense):
+  out, statistics = collect(params, x, dense)
+  return out, {names: calibration.psum(s, "d") for names, s in statistics.items()}
+mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+args, parts = (blocks[0], x, (blocks[1], x)), (P(), P("d"), (P(), P("d")))
+split = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=parts, out_specs=(P("d"), P())))(*args)
+whole = jax.jit(collect)(*args)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), split, whole)
+assert len(split[0].sharding.device_set) == 4 and int(whole[1]["down"].count) == 40
+"""
+
+
+def test_several_devices():
+  """Rows split over four devices of a mesh, with every part of the statistics."""
+  root = pathlib.Path(__file__).parents[1]
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+  env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def dsnot(
     w: `[K, O]`.
     mask: bool `[K, O]`, any initial mask.
     statistics: of the layer's inputs.
-    structure: `NM` keeps every group's count; None, or one that ranks each output, keeps every output's.
+    structure: `NM` keeps every group's count; None, `FixedFanIn` and `Unstructured` keep every output's.
     cycles: at most.
     threshold: in units of the mean output. The authors' 0.1 counts sums over a sequence (of 2048 there).
     variance_power: exponent of the variance in the regrowing criterion.
@@ -43,11 +43,18 @@ def dsnot(
   Returns:
     bool `[K, O]`, with the counts of `mask`.
 
+  Raises:
+    ValueError: a structure whose units are more than a weight: a swap of single weights would break it.
+
   References:
     Zhang et al., Dynamic Sparse No Training, 2023 (https://arxiv.org/abs/2310.08915). Differs from the paper: of the
     two candidates to prune, the sign rule is applied to n:m groups too, and a weight pruned or regrown once is not
     barred from moving back.
   """
+  if not isinstance(structure, (structures.NM, structures.FixedFanIn, structures.Unstructured, type(None))):
+    raise ValueError(
+      f"DSnoT swaps single weights, which {structure!r} does not allow; NM, FixedFanIn and Unstructured do."
+    )
   effect = w.astype(jnp.float32) * statistics.mean[:, None]
   # A feature that never varies says nothing about which weight to prefer: it would divide by 0.
   variance = jnp.maximum(statistics.variance, jnp.finfo(jnp.float32).tiny)[:, None]

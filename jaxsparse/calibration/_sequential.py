@@ -13,6 +13,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ ApplyBlock = Callable[[Any, jax.Array, Callable[[jax.Array, Any], jax.Array]], j
 # Weights that share an input, by name, and what that input was -> their pruned weights and masks.
 Prune = Callable[[dict[str, jax.Array], _statistics.Statistics], dict[str, tuple[jax.Array, jax.Array]]]
 
-_PROBES = 64  # input rows of a batch that are kept to measure a layer's error on
+_PROBES = 512  # input rows, of all batches together, that are kept to measure a layer's error on
 
 
 class PrunedBlock(NamedTuple):
@@ -95,7 +96,7 @@ def collect(
   return output, inputs
 
 
-def _collect(apply_block, params, hidden, linears, *, gram, sketch, dense):
+def _collect(apply_block, params, hidden, linears, *, gram, sketch, dense, probes=_PROBES):
   """`collect`, with the output of the dense block as well."""
   output, seen = _observe(apply_block, params, hidden, linears)
   dense_output, other = (None, {}) if dense is None else _observe(apply_block, *dense, linears)
@@ -105,8 +106,8 @@ def _collect(apply_block, params, hidden, linears, *, gram, sketch, dense):
     cross = None if second is None else second.shape[-1]
     empty = _statistics.init_statistics(x.shape[-1], gram=gram, cross=cross, sketch=sketch)
     rows = x.reshape(-1, x.shape[-1])
-    probes = rows[:: max(1, rows.shape[0] // _PROBES)][:_PROBES].astype(jnp.float32)
-    return Inputs(_statistics.update(empty, x, second=second), probes)
+    sample = rows[:: max(1, rows.shape[0] // probes)][:probes].astype(jnp.float32)
+    return Inputs(_statistics.update(empty, x, second=second), sample)
 
   return output, dense_output, {names: summed(names, x) for names, x in seen.items()}
 
@@ -211,7 +212,7 @@ class _Stream:
     self._parts = {"gram": gram, "sketch": sketch}
     self._order, self._shapes = {}, {}  # blocks of equal shapes are traced once
     self._apply = jax.jit(lambda params, x: apply_block(params, x, matmul))
-    self._step = jax.jit(self._one_batch, static_argnames=("only", "advance"), donate_argnames="so_far")
+    self._step = jax.jit(self._one_batch, static_argnames=("only", "advance", "probes"), donate_argnames="so_far")
 
   def order(self, params: Any, hidden: Sequence[jax.Array]) -> list[tuple[str, ...]]:
     """Names of the weights that share an input, for each input, as the block uses them."""
@@ -229,6 +230,7 @@ class _Stream:
     With `advance` the batches `beside`, where there are any, or else `hidden` become the outputs of their block.
     """
     names = [only] if only else self.order(params, hidden)
+    one_batch = {"only": only, "probes": -(-_PROBES // len(hidden))}
     total, probes = None, []
     for i, x in enumerate(hidden):
       dense = None if beside is None else (dense_params, beside[i])
@@ -236,10 +238,10 @@ class _Stream:
         key = _signature((params, x, dense)), only
         if key not in self._shapes:
           self._shapes[key] = jax.eval_shape(
-            lambda: self._one_batch(params, x, dense, None, only=only, advance=False)[1]
+            lambda: self._one_batch(params, x, dense, None, advance=False, **one_batch)[1]
           )
         total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._shapes[key])
-      output, total, some = self._step(params, x, dense, total, only=only, advance=advance)
+      output, total, some = self._step(params, x, dense, total, advance=advance, **one_batch)
       probes.append(some)
       if advance:
         (hidden if beside is None else beside)[i] = output
@@ -251,8 +253,9 @@ class _Stream:
     for i, x in enumerate(hidden):
       hidden[i] = self._apply(params, x)
 
-  def _one_batch(self, params, x, dense, so_far, *, only, advance):
-    own, other, inputs = _collect(self._apply_block, params, x, self._linears, dense=dense, **self._parts)
+  def _one_batch(self, params, x, dense, so_far, *, only, advance, probes):
+    observe = functools.partial(_collect, self._apply_block, params, x, self._linears, dense=dense, **self._parts)
+    own, other, inputs = observe(probes=probes)
     output = own if dense is None else other
     chosen = [inputs[only]] if only else list(inputs.values())
     statistics = [one.statistics for one in chosen]
