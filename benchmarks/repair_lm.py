@@ -23,6 +23,7 @@ import report
 from configs import smollm2_alps
 from configs import smollm2_repair
 from experiments import language_models
+from experiments import model_blocks
 from experiments import perplexity
 from experiments import prune_lm
 from experiments import repair
@@ -55,10 +56,10 @@ def pruned(pattern, model, rows):
   config = smollm2_alps.get_config()
   if ":" not in pattern:
     config.structure, config.sparsity = ConfigDict(dict(name="FixedFanIn")), float(pattern)
-  part = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
+  part = model._replace(params=model_blocks.prunable(model.params))
   config.batch_size = _BATCH.value or config.batch_size
-  masks, _, _ = prune_lm.prune_model(part, rows.calibration, prune_lm.create_pruner(config), config)
-  return part.params, masks
+  prune_lm.prune_model(part, rows.calibration, prune_lm.create_pruner(config), config)
+  return part.params, list(part.params["blocks"].masks())
 
 
 def measure(row, start, model, rows) -> dict:

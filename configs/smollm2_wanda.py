@@ -14,9 +14,12 @@ def get_config():
   # Where model and texts are kept; "" is data/ beside experiments/.
   config.data_dir = ""
   config.dtype = "float32"
-  # Tokens in a row, and rows at a time.
+  # Whether blocks are read from the file whenever they are needed and pruned ones are held without their zeros: the model
+  # is never in memory as a whole. None: on a CPU.
+  config.streamed = config_dict.placeholder(bool)
+  # Tokens in a row, and rows at a time. 1024 tokens stay in a CPU's cache; for a GPU more at a time are better.
   config.length = 256
-  config.batch_size = 8
+  config.batch_size = 4
   # magnitude, wanda, dsnot, sparsegpt or alps, with their arguments (experiments/pruners.py).
   config.method = ConfigDict(dict(name="wanda"))
   # FixedFanIn ranks the weights of each output, Unstructured those of a layer; NM(n, m) and Block(shape) as they say.

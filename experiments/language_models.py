@@ -1,6 +1,7 @@
 """Language models by name or path, and folders that hold pruned ones."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import importlib.util
@@ -37,12 +38,16 @@ class LanguageModel(NamedTuple):
   """A decoder with its tokenizer; `params` as `experiments.llama` describes them."""
 
   config: llama.Config
-  params: dict[str, Any]
+  params: Mapping[str, Any]
   tokenizer: Any
 
 
 def load(
-  source: str | pathlib.Path, data_dir: str | pathlib.Path | None = None, dtype: Any = jnp.float32
+  source: str | pathlib.Path,
+  data_dir: str | pathlib.Path | None = None,
+  dtype: Any = jnp.float32,
+  *,
+  streamed: bool = False,
 ) -> LanguageModel:
   """Loads a model.
 
@@ -51,6 +56,8 @@ def load(
       tokenizer.json of a Llama model; or a folder that `save` wrote.
     data_dir: where what is fetched is kept; None for `data/` beside `experiments/`.
     dtype: of dense parameters; a folder of `save` keeps its own.
+    streamed: whether parameters are read whenever they are asked for, and not kept (`model_blocks`); not for a folder of
+      `save`.
 
   Raises:
     FileNotFoundError, ImportError, RuntimeError, ValueError: what is missing, cannot be read, fetched or computed here;
@@ -62,11 +69,11 @@ def load(
   if not source.exists():
     raise FileNotFoundError(f"There is no model {source}: name a .gguf file, a checkpoint's folder, or 'smollm2'.")
   if source.suffix == ".gguf":
-    config, params = llama_files.load_gguf(source, dtype)
+    config, params = llama_files.load_gguf(source, dtype, streamed=streamed)
   elif _about(source).get("format") == _FORMAT:
     config, params = llama.Config(**_about(source)["config"]), load_safetensors(source / "model.safetensors")
   else:
-    config, params = llama_files.load_safetensors_folder(source, dtype)
+    config, params = llama_files.load_safetensors_folder(source, dtype, streamed=streamed)
   return LanguageModel(config, params, tokenizers.load(source))
 
 

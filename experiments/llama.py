@@ -16,10 +16,47 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import causal_attention
 from experiments import decode_attention
 from jaxsparse import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How the rotary frequencies of a model were lowered to reach further.
+
+  Attributes:
+    kind: "linear" divides all of them by `factor`; "llama3" only those whose wave is longer than
+      `original_positions / low_frequency_factor`, and leaves those alone whose wave is shorter than
+      `original_positions / high_frequency_factor`, with a smooth passage between the two.
+    factor: at least 1.
+    low_frequency_factor, high_frequency_factor, original_positions: of "llama3".
+
+  Raises:
+    ValueError: another kind, or numbers that make no sense.
+  """
+
+  kind: str
+  factor: float
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  original_positions: int = 8192
+
+  def __post_init__(self):
+    if self.kind not in ("linear", "llama3"):
+      raise ValueError(f"rope scaling is {self.kind!r}; computed are 'linear' and 'llama3'.")
+    if self.factor < 1 or not 0 < self.low_frequency_factor < self.high_frequency_factor:
+      raise ValueError(f"{self}: factor must be at least 1, and 0 < low_frequency_factor < high_frequency_factor.")
+
+  def scale(self, frequencies: jax.Array) -> jax.Array:
+    if self.kind == "linear":
+      return frequencies / self.factor
+    waves = self.original_positions * frequencies / (2 * jnp.pi)  # that fit in the original length
+    kept = (waves - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
+    kept = jnp.clip(kept, 0, 1)
+    return frequencies * (kept + (1 - kept) / self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +70,7 @@ class Config:
     head_dim: width of a head.
     hidden: width inside the MLP, F.
     rope_theta: base of the rotary frequencies.
+    rope_scaling: of these, or None; a mapping, as JSON has it, becomes one.
     layers: number of blocks.
     vocabulary: number of tokens, V.
     norm_epsilon: added to the mean square in RMSNorm.
@@ -49,6 +87,11 @@ class Config:
   vocabulary: int = 128_256
   norm_epsilon: float = 1e-5
   tied_embedding: bool = False
+  rope_scaling: RopeScaling | None = None
+
+  def __post_init__(self):
+    if isinstance(self.rope_scaling, Mapping):
+      object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
 
   @property
   def qkv_dims(self) -> tuple[int, int, int]:
@@ -107,10 +150,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-5) -> jax.Array
   return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)).astype(x.dtype) * scale
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope(x: jax.Array, positions: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
   """Rotates `[B, T, heads, head_dim]` by positions `[T]`, the halves of a head being the two coordinates."""
   half = x.shape[-1] // 2
-  angles = positions[:, None] * theta ** (-jnp.arange(half) / half)
+  frequencies = theta ** (-jnp.arange(half) / half)
+  angles = positions[:, None] * (frequencies if scaling is None else scaling.scale(frequencies))
   cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
@@ -127,7 +171,8 @@ def _heads(layer, x, positions, config, product):
   qkv = product(rms_norm(x, layer.attention_norm, config.norm_epsilon), layer.qkv)
   q, k, v = jnp.split(qkv, [config.qkv_dims[0], sum(config.qkv_dims[:2])], -1)
   q, k, v = (a.reshape(*x.shape[:2], -1, config.head_dim) for a in (q, k, v))
-  return rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta), v
+  turn = lambda x: rope(x, positions, config.rope_theta, config.rope_scaling)
+  return turn(q), turn(k), v
 
 
 def block(
@@ -189,6 +234,12 @@ def apply_block(
 def embed(params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
   """Tokens `[...]` -> the residual stream before the first block, `[..., D]`."""
   return params["embedding"][tokens]
+
+
+def embed_rows(params: Mapping[str, Any], rows: np.ndarray, batch: int) -> list[jax.Array]:
+  """`embed` of rows `[R, T]`, `batch` rows at a time; the embedding is asked for once."""
+  table = {"embedding": params["embedding"]}
+  return [embed(table, jnp.asarray(rows[i : i + batch])) for i in range(0, len(rows), batch)]
 
 
 def logits(params: Mapping[str, Any], x: jax.Array, config: Config) -> jax.Array:

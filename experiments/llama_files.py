@@ -7,14 +7,17 @@ a checkpoint of another architecture is an error that lists what does not fit, n
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+import functools
 import json
+import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import llama
+from experiments import model_blocks
 
 # Our name of a leaf in a block -> its name in the file, after the prefix of the block.
 _SAFETENSORS_BLOCK = {
@@ -43,14 +46,30 @@ _GGUF_BLOCK = {
 _GGUF = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
 
 
+_ROWS = 4096  # of a quantised matrix that are dequantised at a time, which takes several times their size
+
+
+class Tensor(NamedTuple):
+  """A tensor of a file.
+
+  Attributes:
+    shape: as the file has it.
+    read: returns it.
+  """
+
+  shape: tuple[int, ...]
+  read: Callable[[], Any]
+
+
 def load_safetensors_folder(
-  folder: str | pathlib.Path, dtype: Any = jnp.float32
-) -> tuple[llama.Config, dict[str, Any]]:
+  folder: str | pathlib.Path, dtype: Any = jnp.float32, *, streamed: bool = False
+) -> tuple[llama.Config, Mapping[str, Any]]:
   """Reads `config.json` and every `*.safetensors` of a folder, in the layout of Hugging Face's `LlamaForCausalLM`.
 
   Args:
     folder: of the checkpoint, sharded or not.
     dtype: of the parameters.
+    streamed: whether the parameters are `model_blocks.StreamedParams`.
 
   Returns:
     The configuration and the parameters.
@@ -75,25 +94,37 @@ def load_safetensors_folder(
     import safetensors.flax  # noqa: F401  reads bfloat16
   except ImportError as error:
     raise ImportError("Reading a checkpoint needs safetensors: pip install 'jaxsparse[safetensors]'") from error
-  open_files, readers = [], {}
+  tensors = {}
   for path in files:
-    file = safetensors.safe_open(path, framework="flax")
-    open_files.append(file)
-    # Old checkpoints store the rotary frequencies, which follow from the configuration.
-    names = [name for name in file.keys() if not name.endswith("rotary_emb.inv_freq")]
-    readers |= {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
+    with safetensors.safe_open(path, framework="flax") as file:
+      # Old checkpoints store the rotary frequencies, which follow from the configuration.
+      names = [name for name in file.keys() if not name.endswith("rotary_emb.inv_freq")]
+      shapes_of = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    tensors |= {name: Tensor(shape, functools.partial(_safetensor, path, name)) for name, shape in shapes_of.items()}
   # Some files of tied models hold the embedding a second time.
   if config.tied_embedding:
-    readers.pop("lm_head.weight", None)
-  return config, _assemble(readers, config, _SAFETENSORS, "model.layers.", _SAFETENSORS_BLOCK, dtype, folder)
+    tensors.pop("lm_head.weight", None)
+  layout = _Layout(_SAFETENSORS, "model.layers.", _SAFETENSORS_BLOCK)
+  return config, _assemble(tensors, config, layout, dtype, folder, streamed)
 
 
-def load_gguf(path: str | pathlib.Path, dtype: Any = jnp.float32) -> tuple[llama.Config, dict[str, Any]]:
+def _safetensor(path, name):
+  import safetensors
+
+  # Opened for each tensor: an open file is mapped, and what has been read of it counts as memory of this process.
+  with safetensors.safe_open(path, framework="flax") as file:
+    return file.get_tensor(name)
+
+
+def load_gguf(
+  path: str | pathlib.Path, dtype: Any = jnp.float32, *, streamed: bool = False
+) -> tuple[llama.Config, Mapping[str, Any]]:
   """Reads a GGUF file of the llama architecture; quantised tensors are dequantised.
 
   Args:
     path: of the file.
     dtype: of the parameters.
+    streamed: whether the parameters are `model_blocks.StreamedParams`.
 
   Returns:
     The configuration and the parameters.
@@ -105,9 +136,8 @@ def load_gguf(path: str | pathlib.Path, dtype: Any = jnp.float32) -> tuple[llama
   """
   reader = open_gguf(path)
   config = _config_of_gguf(reader, path)
-  from gguf import quants
-
-  readers = {t.name: lambda t=t: quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+  path = pathlib.Path(path).expanduser()
+  tensors = {t.name: Tensor(tuple(int(n) for n in t.shape[::-1]), _gguf_reader(path, t)) for t in reader.tensors}
   # Rows of a head come as pairs (0, 1), (2, 3), ... that are rotated together; `llama.rope` rotates halves.
   heads = {"q": config.heads, "k": config.kv_heads}
 
@@ -116,7 +146,28 @@ def load_gguf(path: str | pathlib.Path, dtype: Any = jnp.float32) -> tuple[llama
       return value
     return value.reshape(heads[name], -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
 
-  return config, _assemble(readers, config, _GGUF, "blk.", _GGUF_BLOCK, dtype, path, halves)
+  return config, _assemble(tensors, config, _Layout(_GGUF, "blk.", _GGUF_BLOCK, halves), dtype, path, streamed)
+
+
+def _gguf_reader(path, tensor):
+  """A function that reads and dequantises a tensor; it holds no part of the mapped file."""
+  from gguf import quants
+
+  kind, stored, offset = tensor.tensor_type, (tensor.data.dtype, tensor.data.shape), int(tensor.data_offset)
+
+  def read():
+    dtype, shape = stored
+    data = np.fromfile(path, dtype, count=math.prod(shape), offset=offset).reshape(shape)
+    if data.shape[0] <= _ROWS:
+      return quants.dequantize(data, kind)
+    out = None
+    for i in range(0, shape[0], _ROWS):
+      part = quants.dequantize(data[i : i + _ROWS], kind)
+      out = np.empty((shape[0], *part.shape[1:]), part.dtype) if out is None else out
+      out[i : i + _ROWS] = part
+    return out
+
+  return read
 
 
 def open_gguf(path: str | pathlib.Path) -> Any:
@@ -147,14 +198,16 @@ def _config_of_json(given: Mapping[str, Any], path: pathlib.Path) -> llama.Confi
   }
   asked = {"hidden_act": "silu", **given}
   wrong = [f"{name} is {asked.get(name)!r}" for name, values in allowed.items() if asked.get(name) not in values]
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  wrong += [f"rope scaling is {kind!r}"] if kind != "default" else []
+  try:
+    scaling = _rope_scaling(rope)
+  except (ValueError, KeyError) as error:
+    wrong.append(str(error) if isinstance(error, ValueError) else f"rope scaling has no {error}")
   needed = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size")
   wrong += [f"{name} is missing" for name in needed if name not in given]
   if wrong:
     raise ValueError(
       f"{path} describes a model that is not computed here: {', '.join(wrong)}. Read are Llama and Mistral models without "
-      "biases, sliding windows and rope scaling."
+      "biases and sliding windows, with rope scaling 'linear' or 'llama3' or none."
     )
   heads = given["num_attention_heads"]
   return llama.Config(
@@ -168,7 +221,19 @@ def _config_of_json(given: Mapping[str, Any], path: pathlib.Path) -> llama.Confi
     vocabulary=given["vocab_size"],
     norm_epsilon=given.get("rms_norm_eps", 1e-6),
     tied_embedding=bool(given.get("tie_word_embeddings", False)),
+    rope_scaling=scaling,
   )
+
+
+def _rope_scaling(given: Mapping[str, Any]) -> llama.RopeScaling | None:
+  """Of config.json's `rope_scaling` or `rope_parameters`; KeyError or ValueError where it cannot be computed."""
+  kind = given.get("rope_type", given.get("type", "default"))
+  if kind == "default":
+    return None
+  if kind != "llama3":
+    return llama.RopeScaling(kind, float(given["factor"]) if kind == "linear" else 1.0)
+  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  return llama.RopeScaling(kind, *(given[name] for name in names))
 
 
 def _config_of_gguf(reader: Any, path: Any) -> llama.Config:
@@ -178,6 +243,9 @@ def _config_of_gguf(reader: Any, path: Any) -> llama.Config:
     raise ValueError(f"{path} holds a model of architecture {architecture!r}; only 'llama' is computed here.")
   field = lambda name, default=None: fields.get(f"llama.{name}", default)
   dim, heads = field("embedding_length"), field("attention.head_count")
+  scaling, factor = field("rope.scaling.type", "none"), field("rope.scaling.factor", 1.0)
+  if scaling not in ("none", "linear"):
+    raise ValueError(f"{path}: rope scaling is {scaling!r}; of GGUF files, 'linear' and 'none' are read.")
   embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
   return llama.Config(
     dim=dim,
@@ -190,6 +258,7 @@ def _config_of_gguf(reader: Any, path: Any) -> llama.Config:
     vocabulary=field("vocab_size", 0 if embedding is None else int(embedding.shape[1])),
     norm_epsilon=float(field("attention.layer_norm_rms_epsilon")),
     tied_embedding=not any(t.name == "output.weight" for t in reader.tensors),
+    rope_scaling=llama.RopeScaling("linear", float(factor)) if scaling == "linear" else None,
   )
 
 
@@ -212,33 +281,39 @@ def shapes(config: llama.Config) -> dict[str, tuple[int, ...]]:
   }
 
 
+class _Layout(NamedTuple):
+  """What a kind of file calls its tensors, and how its matrices differ from the transposes of ours."""
+
+  top: Mapping[str, str]
+  prefix: str
+  block: Mapping[str, str]
+  change: Callable[[str, Any], Any] = lambda name, value: value
+
+
 def _assemble(
-  readers: Mapping[str, Callable[[], Any]],
-  config: llama.Config,
-  top: Mapping[str, str],
-  prefix: str,
-  block: Mapping[str, str],
-  dtype: Any,
-  where: Any,
-  change: Callable[[str, Any], Any] = lambda name, value: value,
-) -> dict[str, Any]:
-  """The tree of parameters, once the names in the file are exactly the ones that are expected."""
-  top = {ours: f"{theirs}.weight" for ours, theirs in top.items() if ours != "head" or not config.tied_embedding}
-  blocks = [{ours: f"{prefix}{i}.{name}.weight" for ours, name in block.items()} for i in range(config.layers)]
-  _check_names(readers, [*top.values(), *(name for b in blocks for name in b.values())], where)
+  tensors: Mapping[str, Tensor], config: llama.Config, layout: _Layout, dtype: Any, where: Any, streamed: bool
+) -> Mapping[str, Any]:
+  """The tree of parameters, once names and shapes in the file are exactly the ones that are expected."""
+  top = {ours: f"{theirs}.weight" for ours, theirs in layout.top.items() if ours != "head" or not config.tied_embedding}
+  blocks = [
+    {ours: f"{layout.prefix}{i}.{name}.weight" for ours, name in layout.block.items()} for i in range(config.layers)
+  ]
+  named = [item for part in (top, *blocks) for item in part.items()]
+  _check_names(tensors, [theirs for _, theirs in named], where)
   wanted = shapes(config)
+  for ours, theirs in named:
+    shape = wanted[ours] if ours == "embedding" else wanted[ours][::-1]
+    if tensors[theirs].shape != shape:
+      raise ValueError(f"{where}: {theirs} has shape {tensors[theirs].shape}; the configuration calls for {shape}.")
 
-  def read(ours, theirs):
-    value = change(ours, np.asarray(readers[theirs]()))
-    value = value if ours == "embedding" else value.T
-    if value.shape != wanted[ours]:
-      raise ValueError(
-        f"{where}: {theirs} has shape {value.shape[::-1]}; the configuration calls for {wanted[ours][::-1]}."
-      )
-    return jnp.asarray(value, dtype)
+  def read(part):
+    values = {ours: layout.change(ours, np.asarray(tensors[theirs].read())) for ours, theirs in part.items()}
+    return {ours: jnp.asarray(v if ours == "embedding" else v.T, dtype) for ours, v in values.items()}
 
-  params = {ours: read(ours, theirs) for ours, theirs in top.items()}
-  return params | {"blocks": [{ours: read(ours, theirs) for ours, theirs in b.items()} for b in blocks]}
+  stream = model_blocks.StreamedBlocks(lambda i: read(blocks[i]), config.layers)
+  if streamed:
+    return model_blocks.StreamedParams(lambda name: read({name: top[name]})[name], tuple(top), stream)
+  return read(top) | {"blocks": list(stream)}
 
 
 def _check_names(found: Iterable[str], expected: Iterable[str], where: Any) -> None:

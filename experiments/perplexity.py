@@ -30,15 +30,12 @@ def perplexity(
     rows: int `[R, T]`; rows are independent.
     product: how weights are multiplied with.
     batch: rows at a time.
-    progress: wraps the batches, such as `tqdm.tqdm`.
+    progress: wraps the blocks, such as `tqdm.tqdm`.
 
   Raises:
     FloatingPointError: the model's loss is not finite; the message names the first row.
   """
-  losses = []
-  for start in progress(range(0, len(rows), batch)):
-    losses.append(np.asarray(row_losses(params, config, jnp.asarray(rows[start : start + batch]), product), np.float64))
-  losses = np.concatenate(losses)
+  losses = np.asarray(row_losses(params, config, rows, product, batch, progress), np.float64)
   if not np.isfinite(losses).all():
     row = int(np.flatnonzero(~np.isfinite(losses))[0])
     raise FloatingPointError(
@@ -47,16 +44,26 @@ def perplexity(
   return math.exp(losses.mean())
 
 
-def row_losses(params: Any, config: llama.Config, tokens: jax.Array, product: Callable = llama.matmul) -> jax.Array:
-  """Mean loss of each row of tokens `[B, T]`: float32 `[B]`.
+def row_losses(
+  params: Any,
+  config: llama.Config,
+  rows: np.ndarray,
+  product: Callable = llama.matmul,
+  batch: int = 8,
+  progress: Callable[[Iterable], Iterable] = iter,
+) -> np.ndarray:
+  """Mean loss of each row of tokens `[R, T]`: float32 `[R]`.
 
-  A block is compiled once and called for every layer.
+  All rows go through a block before the next one is looked at, so that parameters may be streamed from a file. A block is
+  compiled once and called for every layer.
   """
-  x = llama.embed(params, tokens[:, :-1])
-  for block in params["blocks"]:
-    x = _block(block, x, config, product)
+  starts = range(0, len(rows), batch)
+  hidden = llama.embed_rows(params, rows[:, :-1], batch)
+  for block in progress(params["blocks"]):
+    hidden = [_block(block, x, config, product) for x in hidden]
   top = {name: value for name, value in params.items() if name != "blocks"}
-  return _losses(top, x, tokens[:, 1:], config)
+  losses = [_losses(top, x, jnp.asarray(rows[i : i + batch, 1:]), config) for i, x in zip(starts, hidden)]
+  return np.concatenate(losses)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -6,6 +6,7 @@ The working directory gets model/ (weights, tokenizer and configuration, for exp
 report.md, report.json and errors.png, written anew after every stage.
 """
 
+from collections.abc import Iterable
 import difflib
 import functools
 import pathlib
@@ -29,6 +30,8 @@ import tqdm
 
 from experiments import language_models
 from experiments import llama
+from experiments import llama_files
+from experiments import model_blocks
 from experiments import perplexity
 from experiments import prune_report
 from experiments import pruners
@@ -39,7 +42,7 @@ from jaxsparse import calibration
 from jaxsparse import quant
 
 FIELDS = (
-  "model data_dir dtype length batch_size method structure sparsity allocation sequential layer_by_layer ridge repair "
+  "model data_dir dtype streamed length batch_size method structure sparsity allocation sequential layer_by_layer ridge repair "
   "quantize seed"
 ).split()
 
@@ -70,8 +73,9 @@ def prune_lm(
   """
   check_fields(config)
   pruner = create_pruner(config)
-  model = model or language_models.load(config.model, config.data_dir, config.dtype)
-  pruner.check(model.params["blocks"], llama.LINEARS)
+  model = model or language_models.load(config.model, config.data_dir, config.dtype, streamed=is_streamed(config))
+  shapes = llama_files.shapes(model.config)  # those of every block
+  pruner.check({f"blocks/0/{name}": shapes[name] for name in llama.LINEARS})
   workdir = pathlib.Path(workdir).expanduser().resolve()
   workdir.mkdir(parents=True, exist_ok=True)
   if rows is None:
@@ -82,12 +86,12 @@ def prune_lm(
   evaluate("dense", model.params)
   # Pruning puts each pruned block in the place of the dense one; repair, and a caller with a model, keep theirs.
   dense = model.params if config.repair.steps else None
-  model = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
+  model = model._replace(params=model_blocks.prunable(model.params))
   start = time.perf_counter()
-  masks, errors, scales = prune_model(model, rows.calibration, pruner, config)
+  errors, scales = prune_model(model, rows.calibration, pruner, config)
   report.seconds["pruning"] = time.perf_counter() - start
-  report.layers(masks, errors)
-  params = model.params
+  params, pruned = model.params, model.params["blocks"]
+  report.layers(pruned.masks(), errors)
   evaluate("pruned", params)
 
   if config.repair.steps:
@@ -95,7 +99,7 @@ def prune_lm(
     train = functools.partial(
       repairs.repair, dense=dense, config=model.config, rows=rows.training, options=config.repair, seed=config.seed
     )
-    params, report.losses = train(params, masks, progress=lambda steps: _bar(steps, desc="repair"))
+    params, report.losses = train(params, list(pruned.masks()), progress=lambda steps: _bar(steps, desc="repair"))
     report.seconds["repair"] = time.perf_counter() - start
     evaluate("repaired", params)
     if config.repair.dense_baseline:
@@ -104,8 +108,8 @@ def prune_lm(
       del same
     del dense
 
-  compressed = compress(params, masks, pruner.structure, config.quantize, scales)
-  report.storage(params, compressed)
+  compressed = compress(params, pruned.masks(), pruner.structure, config.quantize, scales)
+  report.storage(compressed)
   report.file_bytes = language_models.save(workdir / "model", model._replace(params=compressed))
   if isinstance(pruner.structure, js.NM):
     # What was saved, as it was saved; every linear layer through nm_matmul, which takes no dense weight.
@@ -116,17 +120,16 @@ def prune_lm(
 
 def prune_model(
   model: language_models.LanguageModel, rows: np.ndarray, pruner: pruners.Pruner, config: ConfigDict
-) -> tuple[list[dict[str, jax.Array]], list[dict[str, float]], dict[str, jax.Array]]:
-  """Prunes the model in place: dense blocks go as pruned ones come.
+) -> tuple[list[dict[str, float]], dict[str, jax.Array]]:
+  """Prunes a model with `model_blocks.prunable` parameters in place: dense blocks go as pruned ones come.
 
   Returns:
-    For each block the masks and the errors of its layers, by name; and where GPTQ has rounded them, their scales, by
-    names as `blocks/3/q`.
+    For each block the errors of its layers, by name; and where GPTQ has rounded them, their scales, by names as
+    `blocks/3/q`. The masks are in the model's `PrunedBlocks`.
   """
   apply_block = lambda block, x, product: llama.apply_block(block, x, model.config, product)
   blocks = model.params["blocks"]
-  batch = config.batch_size
-  hidden = [llama.embed(model.params, jnp.asarray(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+  hidden = llama.embed_rows(model.params, rows, config.batch_size)
   sparsities, scales = None, {}
   if config.allocation.name == "owl":
     sparsities = outlier_sparsities(apply_block, blocks, hidden, config)
@@ -142,12 +145,12 @@ def prune_model(
     cross=pruner.ridge is not None,
   )
   del hidden  # the generator moves its own list on
-  masks, errors = [], []
+  errors = []
   for block in _bar(done, total=len(blocks), unit="block", desc=f"prune with {pruner.name}"):
-    blocks[block.index] = block.params
-    masks.append(block.masks)
+    blocks.put(block)
     errors.append(block.errors)
-  return masks, errors, scales
+    del block  # not held while the next one is pruned
+  return errors, scales
 
 
 def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
@@ -162,34 +165,38 @@ def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
 
 def compress(
   params: dict[str, Any],
-  masks: list[dict[str, jax.Array]],
+  masks: Iterable[dict[str, jax.Array]],
   structure: Any,
   options: ConfigDict,
   scales: dict[str, jax.Array] | None = None,
 ) -> Any:
-  """bfloat16 parameters, their N:M layers as NMArrays, quantised where that is asked for.
+  """bfloat16 parameters, their N:M layers as NMArrays, quantised where that is asked for; one block after the other.
 
   Layers with `scales` are multiples of them already: they are stored as the integers that they are.
   """
-  if scales:
-    blocks = [
-      block
-      | {name: _pack(block[name], scales[f"blocks/{i}/{name}"], kept[name], structure, options.bits) for name in kept}
-      for i, (block, kept) in enumerate(zip(params["blocks"], masks))
-    ]
-    narrow = lambda leaf: leaf if isinstance(leaf, js.NMArray) else leaf.astype(jnp.bfloat16)
-    return jax.tree.map(narrow, params | {"blocks": blocks}, is_leaf=lambda leaf: isinstance(leaf, js.NMArray))
-  params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-  if not isinstance(structure, js.NM):
-    return params
-  dense = jax.tree.map(lambda leaf: optax.MaskedNode(), params)
-  named = dense | {"blocks": [block | masks for block, masks in zip(dense["blocks"], masks)]}
-  tree = js.compress(params, named, structure=structure, on_mismatch="error")
+  narrow = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.bfloat16))
+  blocks = []
+  for i, (block, kept) in enumerate(zip(params["blocks"], masks)):
+    if scales:
+      names = {name: f"blocks/{i}/{name}" for name in kept}
+      packed = {n: _pack(block[n], scales[names[n]], kept[n], structure, options.bits) for n in kept}
+      blocks.append(narrow({name: leaf for name, leaf in block.items() if name not in kept}) | packed)
+    elif isinstance(structure, js.NM):
+      blocks.append(_compress_block(i, narrow(block), kept, structure, options))
+    else:
+      blocks.append(narrow(block))
+  return narrow({name: leaf for name, leaf in params.items() if name != "blocks"}) | {"blocks": blocks}
+
+
+def _compress_block(index, block, masks, structure, options):
+  given = {name: masks.get(name, optax.MaskedNode()) for name in block}
+  # Under the block's number, for the names of layers in errors.
+  tree = js.compress({"blocks": {index: block}}, {"blocks": {index: given}}, structure=structure, on_mismatch="error")
+  block = tree["blocks"][index]
   if not options.bits:
-    return tree
+    return block
   quantise = lambda w: quant.quantize(w, options.bits, options.group, scale_dtype=jnp.bfloat16)
-  is_sparse = lambda leaf: isinstance(leaf, js.NMArray)
-  return jax.tree.map(lambda leaf: quantise(leaf) if is_sparse(leaf) else leaf, tree, is_leaf=is_sparse)
+  return {name: quantise(leaf) if isinstance(leaf, js.NMArray) else leaf for name, leaf in block.items()}
 
 
 def _pack(w, scales, mask, structure, bits):
@@ -210,6 +217,11 @@ def create_pruner(config: ConfigDict) -> pruners.Pruner:
   quantize = config.quantize
   gptq = (quantize.bits, quantize.group) if quantize.bits and quantize.method == "gptq" else None
   return pruners.Pruner(method.pop("name"), getattr(js, name)(**arguments), config.sparsity, method, config.ridge, gptq)
+
+
+def is_streamed(config: ConfigDict) -> bool:
+  """Whether blocks are read when they are needed: as the configuration says, or on a CPU."""
+  return jax.default_backend() == "cpu" if config.streamed is None else config.streamed
 
 
 def check_fields(config: ConfigDict) -> None:

@@ -1,8 +1,10 @@
 """The report of pruning a language model: report.json, report.md, and a plot of every layer's error."""
 
 from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Iterable
+import functools
 import json
+import math
 import os
 import pathlib
 import resource
@@ -38,24 +40,26 @@ class Report:
     self._layers: list[dict[str, Any]] = []
     self._bytes: dict[str, int] = {}
 
-  def layers(self, masks: Sequence[dict[str, jax.Array]], errors: Sequence[dict[str, float]]) -> None:
+  def layers(self, masks: Iterable[dict[str, jax.Array]], errors: Iterable[dict[str, float]]) -> None:
     """Masks and errors by name, for each block."""
-    for i, block in enumerate(masks):
+    for i, (block, errors_of) in enumerate(zip(masks, errors)):
       for name in (name for name in llama.LINEARS if name in block):
         size, kept = block[name].size, int(block[name].sum())
         layer = {"name": f"blocks/{i}/{name}", "shape": list(block[name].shape), "size": size, "kept": kept}
-        self._layers.append(layer | {"sparsity": 1 - kept / size, "error": errors[i][name]})
+        self._layers.append(layer | {"sparsity": 1 - kept / size, "error": errors_of[name]})
 
-  def storage(self, dense: Any, compressed: Any) -> None:
-    """Bytes of the dense parameters at two bytes each, and of what is stored."""
+  def storage(self, compressed: Any) -> None:
+    """Bytes of what is stored, and of dense parameters at two bytes each."""
     is_node = lambda leaf: isinstance(leaf, js.NMArray)
     nbytes = lambda leaf: leaf.nbytes if is_node(leaf) else leaf.size * leaf.dtype.itemsize
-    linears = lambda tree: [[block[name] for name in llama.LINEARS] for block in tree["blocks"]]
+    size = lambda leaf: math.prod(leaf.shape)
+    leaves = functools.partial(jax.tree.leaves, is_leaf=is_node)
+    linears = leaves([[block[name] for name in llama.LINEARS] for block in compressed["blocks"]])
     self._bytes = {
-      "linears, dense bfloat16": sum(2 * leaf.size for leaf in jax.tree.leaves(linears(dense))),
-      "linears, stored": sum(nbytes(leaf) for leaf in jax.tree.leaves(linears(compressed), is_leaf=is_node)),
-      "model, dense bfloat16": sum(2 * leaf.size for leaf in jax.tree.leaves(dense)),
-      "model, stored": sum(nbytes(leaf) for leaf in jax.tree.leaves(compressed, is_leaf=is_node)),
+      "linears, dense bfloat16": 2 * sum(map(size, linears)),
+      "linears, stored": sum(map(nbytes, linears)),
+      "model, dense bfloat16": 2 * sum(map(size, leaves(compressed))),
+      "model, stored": sum(map(nbytes, leaves(compressed))),
     }
 
   def write(self, workdir: pathlib.Path) -> dict[str, Any]:

