@@ -144,7 +144,7 @@ def send_sums(shape):
 
   def send(_, sums, ref):
     registers = list(sums.registers.flat)
-    address = _sums_address(ref)
+    address = sums_address(ref)
     for i in range(0, len(registers), 2):
       four = [mg.extract(registers[i + j // 2], j % 2) for j in range(4)]
       mg.store_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP, four)
@@ -159,7 +159,7 @@ def receive_sums(shape):
   WGMMA = plgpu.Layout.WGMMA
 
   def receive(_, ref):
-    address = _sums_address(ref)
+    address = sums_address(ref)
     count = shape[0] * shape[1] // mg.WARPGROUP
     sums = [mg.load_global_f32x4(address, i * 16 * mg.WARPGROUP) for i in range(count // 4)]
     return mg.accumulator([value for four in sums for value in four], shape)
@@ -169,7 +169,8 @@ def receive_sums(shape):
   )(receive)
 
 
-def _sums_address(ref):
+def sums_address(ref):
+  """Where this thread's first four sums lie in such a ref: byte address, i64."""
   thread = mg.arith.andi(mg.thread_index(), mg.const32(mg.WARPGROUP - 1))
   offset = mg.arith.extui(mg.ir.IntegerType.get_signless(64), mg.arith.muli(thread, mg.const32(16)))
   return mg.arith.addi(mg.global_address(ref), offset)
