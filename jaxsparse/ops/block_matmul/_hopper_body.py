@@ -83,13 +83,6 @@ class Launch(tiles.Grid):
     return [(start, min(size, self.t.tile_b - start)) for start in range(0, self.t.tile_b, size)]
 
   @property
-  def borrows(self) -> bool:
-    """Whether the ends of y are staged in a slot of the ring, so that nobody waits for the copy engine."""
-    borrowed = len(self.chunks) - self.t.epilogue_slots
-    fits = WARPGROUPS * borrowed * self.t.epilogue_n <= self.t.tile_b and self.row * 2 == mg.SWIZZLE_BYTES
-    return self.t.borrow and borrowed > 0 and fits and self.out_dtype == self.dtype
-
-  @property
   def row_transforms(self):
     return (mg.plgpu.SwizzleTransform(2 * self.row),)
 
@@ -139,21 +132,12 @@ class Body(tiles.Tiles):
       last = jnp.maximum(at.begin, at.end - self.launch.ahead)
       count = lax.fori_loop(at.begin, last, functools.partial(self._load_entry, at), count)
       publish()
-      count = lax.fori_loop(last, at.end, functools.partial(self._load_entry, at), count)
-      return self._lend(count) if self.launch.borrows else count
+      return lax.fori_loop(last, at.end, functools.partial(self._load_entry, at), count)
 
     self.walk(tile, loads=True)
     for slot in range(self.t.stages):  # nobody leaves while a barrier is still to be signalled
       mg.plgpu.barrier_wait(self.empty.at[slot])
     self.drain_queue()
-
-  def _lend(self, count):
-    """The next slot of the ring passes through without loads: the multiplying warpgroups stage y there."""
-    launch, slot = self.launch, rem(count, self.t.stages)
-    mg.plgpu.barrier_wait(self.empty.at[slot])
-    for _ in range(launch.x_copies + WARPGROUPS * launch.w_copies):
-      mg.plgpu.barrier_arrive(self.full.at[slot])
-    return count + 1
 
   def _load_entry(self, at, e, count):
     launch, t, plgpu, pl = self.launch, self.t, mg.plgpu, mg.pl
@@ -198,35 +182,21 @@ class Body(tiles.Tiles):
   # -- The warpgroups that multiply --------------------------------------------------------------------------------------
 
   def multiply_tiles(self):
-    launch, t, plgpu = self.launch, self.t, mg.plgpu
-    # Every slot is free at first; where tiles borrow slots, the last one as if it had been borrowed.
-    for slot in range(t.stages - launch.borrows):
+    t, plgpu = self.t, mg.plgpu
+    for slot in range(t.stages):  # every slot is free at first
       self.arrive(self.empty.at[slot])
     self.free_queue()
 
     def tile(i, at, count, publish):
       del publish
-      if launch.borrows:
-        mg.pl.when(at.begin == at.end)(lambda: self._give_back(count))
       zeros = plgpu.layout_cast(jnp.zeros((ROWS, t.tile_b), jnp.float32), plgpu.Layout.WGMMA)
       entry = functools.partial(self._multiply_entry, at)
       count, accumulator = lax.fori_loop(at.begin, at.end, entry, (count, zeros))
-      slot = rem(count, t.stages)
-      if launch.borrows:
-        plgpu.barrier_wait(self.full.at[slot])
-        count += 1
-      self._finish(i, accumulator, at, slot)
+      self._finish(i, accumulator, at)
       return count
 
-    count = self.walk(tile, loads=False)
-    if launch.borrows:
-      self._give_back(count)
+    self.walk(tile, loads=False)
     plgpu.wait_smem_to_gmem(0)
-
-  def _give_back(self, count):
-    """Frees the slot before step `count`, in which the end of the last tile was staged."""
-    mg.plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    self.arrive(self.empty.at[rem(count + self.t.stages - 1, self.t.stages)])
 
   def _multiply_entry(self, at, e, carry):
     launch, plgpu = self.launch, mg.plgpu
@@ -235,7 +205,7 @@ class Body(tiles.Tiles):
     if launch.shared > 1:
       first = e * launch.shared + self.warpgroup * launch.own
       present = [self.refs["slots"][first + j] < launch.capacity for j in range(launch.own)]
-    for k in range(0, launch.depth, launch.step):
+    for _ in range(0, launch.depth, launch.step):
       slot = rem(count, self.t.stages)
       plgpu.barrier_wait(self.full.at[slot])
       w_ref, x_ref = self.smem["w_smem"].at[slot, self.warpgroup], self.smem["x_smem"].at[slot]
@@ -245,12 +215,10 @@ class Body(tiles.Tiles):
       else:
         accumulator = lax.cond(functools.reduce(jnp.logical_or, present), multiply, lambda a: a, accumulator)
       self.arrive(self.empty.at[slot])
-      if launch.borrows and k == 0:  # by now the copy engine has read what the last tile left
-        mg.pl.when(e == at.begin)(functools.partial(self._give_back, count))
       count += 1
     return count, accumulator
 
-  def _finish(self, i, accumulator, at, slot):
+  def _finish(self, i, accumulator, at):
     """The first parts of a list leave their sums in memory; the last one adds them, in their order, and stores."""
     sums = lambda part: self.sums_of(at, part)
 
@@ -271,10 +239,10 @@ class Body(tiles.Tiles):
           return device.add_sums(self.t.tile_b)(accumulator, flag, source)
         return accumulator + source[...].reshape(accumulator.shape)
 
-      self._store(i, lax.fori_loop(0, at.partials, add, accumulator), at, slot)
+      self._store(i, lax.fori_loop(0, at.partials, add, accumulator), at)
 
-  def _store(self, i, accumulator, at, slot):
-    """Sums `[64, tile_b]` -> y[rows of the tile, outputs of this warpgroup]; `slot` of the ring may be used."""
+  def _store(self, i, accumulator, at):
+    """Sums `[64, tile_b]` -> y[rows of the tile, outputs of this warpgroup]."""
     launch, t, plgpu, pl = self.launch, self.t, mg.plgpu, mg.pl
     if launch.shared > 1:
       first = self.refs["units"][at.which * WARPGROUPS + self.warpgroup] * ROWS
@@ -283,9 +251,10 @@ class Body(tiles.Tiles):
     target = self.refs["out"].at[at.split] if t.split_k > 1 else self.refs["out"]
     for chunk, (start, length) in enumerate(launch.chunks):
       y = accumulator[:, start : start + length].astype(launch.out_dtype)
-      staged = self._staging(i, chunk, length, slot)
-      if not launch.borrows:
-        plgpu.wait_smem_to_gmem(t.epilogue_slots - 1, wait_read_only=True)
+      # Slots go round over all tiles, so that the oldest store in flight is always the one of this slot.
+      slot = rem(i * len(launch.chunks) + chunk, t.epilogue_slots)
+      staged = self.smem["out_smem"].at[self.warpgroup, slot, :, pl.ds(0, length)]
+      plgpu.wait_smem_to_gmem(t.epilogue_slots - 1, wait_read_only=True)
       self._stage(y, staged)
       plgpu.commit_smem()
       copies = ROWS // launch.out_row
@@ -295,17 +264,6 @@ class Body(tiles.Tiles):
           target.at[pl.ds(at.b + start, length), pl.ds(first + j * launch.out_row, launch.out_row)],
           commit_group=j == copies - 1,
         )
-
-  def _staging(self, i, chunk, length, slot):
-    """Where a slice of y is put together: `[groups, length, out_row]`."""
-    launch, t, ds = self.launch, self.t, mg.pl.ds
-    if launch.borrows and chunk >= t.epilogue_slots:
-      borrowed = len(launch.chunks) - t.epilogue_slots
-      at = (self.warpgroup * borrowed + chunk - t.epilogue_slots) * t.epilogue_n
-      return self.smem["x_smem"].at[slot, :, ds(at, length)]
-    # Slots go round over all tiles, so that the oldest store in flight is always the one of this slot.
-    own = chunk if launch.borrows else rem(i * len(launch.chunks) + chunk, t.epilogue_slots)
-    return self.smem["out_smem"].at[self.warpgroup, own, :, ds(0, length)]
 
   def _stage(self, y, staged):
     """Sums `[64, columns]` to shared memory, transposed."""

@@ -24,7 +24,6 @@ class Tuning:
     cluster: tiles along B that are computed side by side and share what is loaded of w: 1, 2 or 4.
     epilogue_n: rows of x stored at a time; 0 for a default.
     epilogue_slots: stores in flight for each warpgroup.
-    borrow: whether what does not fit there is staged in a slot of the pipeline, so that tiles do not wait for stores.
 
   Raises:
     ValueError: the instruction or shared memory do not allow it.
@@ -37,7 +36,6 @@ class Tuning:
   cluster: int = 1
   epilogue_n: int = 0
   epilogue_slots: int = 2
-  borrow: bool = False
 
   def __post_init__(self):
     if self.tile_b % 8 or not 8 <= self.tile_b <= 256:
