@@ -296,22 +296,23 @@ def add_from_global(sums, address, at_once: int):
   return accumulator(values, sums.shape)
 
 
-def signal(flag, predicate):
-  """Sets an i32 at an address in device memory to 1; what this thread knows to be written is written for whoever sees that.
+def signal(flag, value, predicate):
+  """Stores an i32 in device memory, after all that this thread knows to be written or read there.
 
   Args:
     flag: byte address, i64.
+    value: i32.
     predicate: i1, which thread.
   """
   told = arith.extui(ir.IntegerType.get_signless(32), predicate)
-  store = "setp.ne.u32 p, $1, 0; @p st.release.gpu.global.u32 [$0], 1;"
-  inline_ptx("{ .reg .pred p; " + store + " }", [flag, told], "l,r")
+  store = "setp.ne.u32 p, $2, 0; @p st.release.gpu.global.u32 [$0], $1;"
+  inline_ptx("{ .reg .pred p; " + store + " }", [flag, value, told], "l,r,r")
 
 
-def await_signal(flag):
-  """Waits for `signal` at a byte address, i64."""
-  loop = "WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.eq.u32 p, v, 0; @p bra WAIT;"
-  inline_ptx("{ .reg .pred p; .reg .u32 v; " + loop + " }", [flag], "l")
+def await_signal(flag, value):
+  """Waits until an i32 at a byte address (i64) in device memory is `value`."""
+  loop = "WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.ne.u32 p, v, $1; @p bra WAIT;"
+  inline_ptx("{ .reg .pred p; .reg .u32 v; " + loop + " }", [flag, value], "l,r")
 
 
 def warpgroup_barrier():

@@ -220,24 +220,23 @@ class Body(tiles.Tiles):
 
   def _finish(self, i, accumulator, at):
     """The first parts of a list leave their sums in memory; the last one adds them, in their order, and stores."""
-    sums = lambda part: self.sums_of(at, part)
+    on_gpu = self.launch.interpret is None
 
     @mg.pl.when(at.partials < 0)
-    def _hand_on():
-      target, flag = sums(0)
-      if self.launch.interpret is None:
-        nm_device.send_sums((ROWS, self.t.tile_b))(accumulator, target)
-        device.signal()(flag)
+    def _leave():
+      sums, flag, turn = self.sums_of(at, 0)
+      if on_gpu:
+        device.leave_sums()(accumulator, flag, turn, sums)
       else:
-        target[...] = accumulator.reshape(-1)
+        sums[...] = accumulator.reshape(-1)
 
     @mg.pl.when(at.partials >= 0)
     def _complete():
       def add(part, accumulator):
-        source, flag = sums(part)
-        if self.launch.interpret is None:
-          return device.add_sums(self.t.tile_b)(accumulator, flag, source)
-        return accumulator + source[...].reshape(accumulator.shape)
+        sums, flag, turn = self.sums_of(at, part)
+        if on_gpu:
+          return device.add_sums(self.t.tile_b)(accumulator, flag, turn + 1, sums)
+        return accumulator + sums[...].reshape(accumulator.shape)
 
       self._store(i, lax.fori_loop(0, at.partials, add, accumulator), at)
 

@@ -68,25 +68,40 @@ def interpreted_product(w, x, transposed, present):
   return jnp.dot(w, x.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
 
 
-def signal():
-  """`(flag)`: sets an i32 in device memory, after what all threads of the warpgroup have written there."""
+def leave_sums():
+  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, leaves sums in device memory, sets it to turn + 1."""
+  plgpu = mg.plgpu
 
-  def tell(_, flag):
-    mg.warpgroup_barrier()
-    mg.signal(mg.global_address(flag), mg.is_thread(0))
+  def leave(_, accumulator, flag, turn, sums):
+    _await(flag, turn)
+    nm_device.write_sums(accumulator, sums)
+    _pass(flag, turn)
 
-  return mg.plgpu.inline_mgpu(arg_types=(mg.plgpu.RefType(),))(tell)
+  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()))(
+    leave
+  )
 
 
 def add_sums(tile_b):
-  """`(accumulator, flag, sums)`: waits for the flag, then adds what `send_sums` wrote before it was set."""
+  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, adds what lies in device memory, sets it to turn + 1."""
   plgpu = mg.plgpu
-  WGMMA, ref = plgpu.Layout.WGMMA, plgpu.RefType()
 
-  def add(_, accumulator, flag, sums):
-    mg.await_signal(mg.global_address(flag))
-    return mg.add_from_global(accumulator, nm_device.sums_address(sums), _AT_ONCE)
+  def add(_, accumulator, flag, turn, sums):
+    _await(flag, turn)
+    accumulator = mg.add_from_global(accumulator, nm_device.sums_address(sums), _AT_ONCE)
+    _pass(flag, turn)
+    return accumulator
 
   return plgpu.inline_mgpu(
-    arg_types=(WGMMA, ref, ref), return_type=plgpu.ShapeDtypeStruct((ROWS, tile_b), jnp.float32, layout=WGMMA)
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, tile_b), jnp.float32, layout=plgpu.Layout.WGMMA),
   )(add)
+
+
+def _await(flag, turn):
+  mg.await_signal(mg.global_address(flag), turn.registers.item())
+
+
+def _pass(flag, turn):
+  mg.warpgroup_barrier()  # all threads have written, or read
+  mg.signal(mg.global_address(flag), mg.arith.addi(turn.registers.item(), mg.const32(1)), mg.is_thread(0))

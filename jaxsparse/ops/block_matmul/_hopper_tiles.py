@@ -19,6 +19,7 @@ from jaxsparse.ops.block_matmul._hopper_device import ROWS
 WARPGROUPS = 2  # that multiply
 _QUEUE = 4  # tiles that the loading warpgroup may be ahead of the others
 _AHEAD = 128  # of the sum are left to be loaded when the next tile is taken
+_STRIPES = 4  # that have places of their own for sums of parts: few, so that these stay in the L2 cache
 
 
 def div(a, b):
@@ -91,12 +92,17 @@ class Grid:
   @property
   def sums(self) -> tuple[int, int, int]:
     """Shape of what parts of lists leave behind, in float32."""
-    places = self.t.split_k * self.extra * self.across * self.cluster * self.tiles_of_list
+    places = self.t.split_k * self.extra * self.turns * self.tiles_of_list
     return places, WARPGROUPS, ROWS * self.t.tile_b
 
   @property
+  def turns(self) -> int:
+    """After so many tiles along B, a place for sums is used again."""
+    return min(self.across, max(self.t.grid_width, _STRIPES)) * self.cluster
+
+  @property
   def counters(self) -> int:
-    """One from which tiles are taken, and whether sums are there."""
+    """One from which tiles are taken, and one for every sum that says whose turn it is."""
     return 1 + self.sums[0] * WARPGROUPS
 
   @property
@@ -193,11 +199,13 @@ class Tiles:
     return Tile(split, which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, partials, place)
 
   def sums_of(self, at: Tile, part):
-    """Where part `part` of the list leaves its sums of this tile, and the flag that says so."""
-    launch = self.launch
-    tile = (at.split * launch.extra + at.place + part) * (launch.across * launch.cluster) + div(at.b, self.t.tile_b)
-    index = tile * launch.tiles_of_list + at.sub
-    return (
-      self.refs["sums"].at[index, self.warpgroup],
-      self.refs["counter"].at[1 + index * WARPGROUPS + self.warpgroup],
-    )
+    """Where part `part` of the list leaves its sums of this tile, the flag of that place, and what it is when it is free.
+
+    Sums are there when the flag is one more, and added when it is two more. Whoever waits for it waits for parts that
+    were handed out earlier, so that somebody always goes on.
+    """
+    launch, b = self.launch, div(at.b, self.t.tile_b)
+    place = (at.split * launch.extra + at.place + part) * launch.turns + rem(b, launch.turns)
+    index = place * launch.tiles_of_list + at.sub
+    flag = self.refs["counter"].at[1 + index * WARPGROUPS + self.warpgroup]
+    return self.refs["sums"].at[index, self.warpgroup], flag, 2 * div(b, launch.turns)

@@ -143,14 +143,19 @@ def send_sums(shape):
   plgpu = mg.plgpu
 
   def send(_, sums, ref):
-    registers = list(sums.registers.flat)
-    address = sums_address(ref)
-    for i in range(0, len(registers), 2):
-      four = [mg.extract(registers[i + j // 2], j % 2) for j in range(4)]
-      mg.store_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP, four)
+    write_sums(sums, ref)
     mg.warpgroup_barrier()  # all of it is written before one thread says so
 
   return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(send)
+
+
+def write_sums(sums, ref):
+  """What `send_sums` does, for a function inside `inline_mgpu` that lets the threads meet afterwards."""
+  registers = list(sums.registers.flat)
+  address = sums_address(ref)
+  for i in range(0, len(registers), 2):
+    four = [mg.extract(registers[i + j // 2], j % 2) for j in range(4)]
+    mg.store_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP, four)
 
 
 def receive_sums(shape):
