@@ -284,15 +284,17 @@ def check_parts(plan):
   assert places == list(range(len(places))) and len(longest) == lists and (np.diff(longest) <= 0).all()
 
 
-@pytest.mark.parametrize("lengths", [[40, 3, 3, 60, 3, 3, 3, 25], [100, 90, 80, 70] + [1] * 60, [7] * 5, [50], [0, 0]])
+@pytest.mark.parametrize(
+  "lengths", [[40, 3, 3, 60, 3, 3, 3, 3, 3, 3, 3, 9], [100, 90, 80, 70] + [1] * 60, [7] * 5, [50], [0, 0]]
+)
 @pytest.mark.parametrize("depth", [32, 256])
 def test_long_lists_are_cut(lengths, depth):
   starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
   parts = _plan._parts(np, starts, depth)
   np.testing.assert_array_equal(parts, jax.jit(lambda a: _plan._parts(jnp, a, depth))(starts))
   check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=parts, units=None))
-  # A list is cut where it is longer than twice the mean, and long enough for that to pay.
-  long = [n for n in lengths if n > max(2 * np.mean(lengths), 1536 / depth)]
+  # A list is cut where it is longer than three times the mean, and long enough for that to pay.
+  long = [n for n in lengths if n > max(3 * np.mean(lengths), 1536 / depth)]
   assert (parts[0] > len(lengths)) == bool(long)
 
 

@@ -19,9 +19,10 @@ TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile
 PART = 5  # numbers to a part of a list
-# A list is cut in parts of at most so many halves of the mean length: the first of these for which there is room, and there
-# always is for the last. But a part may always be so many rows of the sum: it costs as much as some of them.
-_CUTS = (4, 6, 8)
+# A list is cut in parts of at most so many times the mean length: the first of these for which there is room, and there always
+# is for the last. Measured: adding a part costs as much as 10 us of work. So no list as short as _LEAST rows of the sum is
+# cut, and twice the mean is too little.
+_CUTS = (3, 4)
 _LEAST = 1536
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
@@ -94,7 +95,7 @@ def sampled_entries(bo: int) -> int:
 
 def extra_parts(lists: int) -> int:
   """Parts that long lists may be cut into, beside one for every list."""
-  return -(-2 * lists // _CUTS[-1])
+  return -(-lists // _CUTS[-1])
 
 
 def _make(xp, rows, cols, grid, block_shape) -> Plans:
@@ -193,7 +194,7 @@ def _parts(xp, starts, depth):
   lists = counts.shape[0]
   room, least = extra_parts(lists), -(-_LEAST // depth)
   # Entries of a part, for each of the cuts.
-  most = xp.maximum(least, -(-np.array(_CUTS, np.int32) * starts[-1] // (2 * lists)))
+  most = xp.maximum(least, -(-np.array(_CUTS, np.int32) * starts[-1] // lists))
   pieces = xp.maximum(1, -(-counts // most[:, None]))
   pieces = pieces[xp.argmax((pieces - 1).sum(1) <= room)]
   order = xp.argsort(counts // -pieces, stable=True)
