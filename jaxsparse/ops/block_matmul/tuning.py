@@ -89,7 +89,7 @@ def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int) 
   split = min((1, 2, 4, 8), key=microseconds)
   # Measured: neighbours that share w gain 2 to 13 %, but in each tile they wait for each other, and lose up to 10 % where
   # tiles are short. Narrower blocks share less: few of them are in the same rows. Blocks of 32 lose always.
-  pays = size >= 64 and steps > (12 if size >= TILE else 23)
+  pays = size >= 64 and steps > (11 if size >= TILE else 22)
   cluster = 2 if pays and across % 2 == 0 and split == 1 and tiles >= 2 * _SMS else 1
   return Tuning(tile_b, stages, split, 1, cluster)
 
