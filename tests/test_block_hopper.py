@@ -14,6 +14,7 @@ import pytest
 
 import jaxsparse as js
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import tuning
 from jaxsparse.ops.sampled_matmul import tuning as sampled_tuning
 
@@ -40,22 +41,29 @@ KERNEL_CASES = {
   "32, split": dict(block=(32, 32), grid=(4, 4), density=0.5, batch=8, tuning=dict(tile_b=8, split_k=2)),
   "high": dict(block=(256, 64), grid=(1, 2), density=1, batch=8, tuning=dict(tile_b=8)),
   "wide": dict(block=(32, 256), grid=(3, 1), density=0.7, batch=8, tuning=dict(tile_b=8)),
-  # One list is longer than twice the mean: it goes first.
+  # One list is longer than three times the mean, and is cut in parts where a part may be short.
   "skewed": dict(
-    block=(64, 128), mask=[[1, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0]], batch=24, tuning=dict(tile_b=8, grid_width=2)
+    block=(64, 128),
+    mask=[[1, 0, 0, 1]] + [[1, 0, 0, 0]] * 7,
+    batch=24,
+    least=128,
+    tuning=dict(tile_b=8, grid_width=2),
   ),
   "all zero": dict(block=(64, 32), grid=(2, 3), density=0, batch=8, tuning=dict(tile_b=8)),
   "all dense, float16": dict(
     block=(64, 64), grid=(2, 2), density=1, batch=12, dtype=jnp.float16, tuning=dict(tile_b=16)
   ),
   "empty row": dict(block=(64, 64), mask=[[1, 0, 1], [0, 0, 0], [1, 0, 0]], batch=8, tuning=dict(tile_b=8, stages=3)),
+  "skewed, split": dict(
+    block=(32, 64), mask=[[1] * 13] + [[1] + [0] * 12] * 7, batch=8, least=64, tuning=dict(tile_b=8, split_k=2)
+  ),
 }
 
 
 def kernel_case(options, transposed):
   options = dict(options)
   options["grid"] = options.get("grid") or np.shape(options["mask"])
-  options.pop("tuning")
+  options.pop("tuning"), options.pop("least", None)
   extra = 2 if transposed else 0
   return case(options.pop("block"), options.pop("grid"), options.pop("density", 1), options.pop("batch"),
               options.pop("dtype", jnp.bfloat16), extra=extra, **options)  # fmt: skip
@@ -67,10 +75,14 @@ INTERPRETED = [(name, i % 2 == 1) for i, name in enumerate(KERNEL_CASES)] + [("3
 
 @needs_pallas
 @pytest.mark.parametrize("name, transposed", INTERPRETED)
-def test_kernel_interpreted(name, transposed):
+def test_kernel_interpreted(name, transposed, monkeypatch):
   from jaxsparse.ops.block_matmul import _hopper
 
+  monkeypatch.setattr(_plan, "_LEAST", KERNEL_CASES[name].get("least", _plan._LEAST))
   x, w, dy = kernel_case(KERNEL_CASES[name], transposed)
+  if "least" in KERNEL_CASES[name]:
+    plan = _plan.plans_of(w).forward
+    assert plan.parts[0] > plan.starts.shape[0] - 1
   tiles = tuning.Tuning(**{"stages": 2, **KERNEL_CASES[name]["tuning"]})
   out = jnp.float32 if transposed and x.shape[0] == 8 else None
   y = interpreted(
@@ -182,9 +194,9 @@ def test_which_on_gpu():
 def test_tunings():
   for batch in (1, 8, 16, 100, 300, 512, 4096, 100_000):
     for outputs in (128, 4096, 28672):
-      t = tuning.best_tuning(batch, outputs, 6.4, 128, 128, 0.1)
+      t = tuning.best_tuning(batch, outputs, 6.4, 128, 128)
       assert t.shared_bytes() <= tuning.SHARED_BYTES and t.tile_b <= 256
-  assert tuning.best_tuning(8192, 8192, 6.4, 128, 128, 0.1).split_k == 1
+  assert tuning.best_tuning(8192, 8192, 6.4, 128, 128).split_k == 1
   for bad, message in ((dict(tile_b=20), "multiple of 8"), (dict(tile_b=256, stages=6), "shared memory")):
     with pytest.raises(ValueError, match=message):
       tuning.Tuning(**bad)

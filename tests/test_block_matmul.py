@@ -256,13 +256,46 @@ def test_plans(block, density):
             assert (major[slot], minor[slot]) == (place, plan.minor[e])
     assert sorted(seen) == list(range(int(w.count)))
     lengths = np.diff(plan.starts)
-    assert (np.diff(lengths[plan.order]) <= 0).all()
-    total = max(1, lengths.sum())
-    assert plan.heavy.tolist() == [(lengths > 0.5**j * total).sum() for j in range(len(plan.heavy))]
+    check_parts(plan)
   piece = max(1, 256 // block[1])
   want = [(i, lo + p) for i, lo in enumerate(plan.starts[:-1]) for p in range(0, lengths[i], piece)]
   assert plans.num_items[0] == len(want) <= len(plans.items)
   assert sorted(map(tuple, np.asarray(plans.items)[: len(want)].tolist())) == want
+
+
+def check_parts(plan):
+  """Every entry is in one part; parts come longest first, those of a list together, and name the places of their sums."""
+  live, lists = int(plan.parts[0]), plan.starts.shape[0] - 1
+  parts, places = plan.parts[1:].reshape(-1, _plan.PART)[:live], []
+  assert lists <= live <= lists + _plan.extra_parts(lists) == (plan.parts.shape[0] - 1) // _plan.PART
+  covered = sorted((begin, end) for _, begin, end, _, _ in parts if begin < end)
+  assert [a for a, _ in covered] == [0, *(b for _, b in covered)][: len(covered)]
+  assert max((b for _, b in covered), default=0) == plan.starts[-1]
+  i, longest = 0, []
+  while i < live:
+    which, begin, _, partials, place = parts[i]
+    assert begin == plan.starts[which]
+    last = i if partials >= 0 else i + int(np.argmax(parts[i:, 3] >= 0))
+    assert (parts[i : last + 1, 0] == which).all() and parts[last, 2] == plan.starts[which + 1]
+    assert parts[last, 3] == last - i and parts[last, 4] == place
+    places += parts[i:last, 4].tolist()
+    longest.append((parts[i : last + 1, 2] - parts[i : last + 1, 1]).max())
+    i = last + 1
+  assert places == list(range(len(places))) and len(longest) == lists and (np.diff(longest) <= 0).all()
+
+
+@pytest.mark.parametrize(
+  "lengths", [[40, 3, 3, 60, 3, 3, 3, 3, 3, 3, 3, 9], [100, 90, 80, 70] + [1] * 60, [7] * 5, [50], [0, 0]]
+)
+@pytest.mark.parametrize("depth", [32, 256])
+def test_long_lists_are_cut(lengths, depth):
+  starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
+  parts = _plan._parts(np, starts, depth)
+  np.testing.assert_array_equal(parts, jax.jit(lambda a: _plan._parts(jnp, a, depth))(starts))
+  check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=parts, units=None))
+  # A list is cut where it is longer than three times the mean, and long enough for that to pay.
+  long = [n for n in lengths if n > max(3 * np.mean(lengths), 1536 / depth)]
+  assert (parts[0] > len(lengths)) == bool(long)
 
 
 def test_plan_puts_columns_with_common_rows_together():

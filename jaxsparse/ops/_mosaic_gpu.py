@@ -123,6 +123,11 @@ def inline_ptx(instruction: str, operands, constraints: str, result=None):
   )
 
 
+def is_thread(index: int):
+  """Whether this is thread `index` of its warpgroup, i1."""
+  return arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread_index(), const32(WARPGROUP - 1)), const32(index))
+
+
 def matrix_descriptor(ref, *, leading: int, stride: int, swizzle: int):
   """wgmma descriptor of a swizzled tile in shared memory (PTX ISA, "Matrix descriptor format"), i64.
 
@@ -275,6 +280,39 @@ def load_global_f32x4(address, offset: int):
   ptx = f"ld.global.cg.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
   result = inline_ptx(ptx, [address], "=f,=f,=f,=f,l", llvm.StructType.get_literal([f32] * 4))
   return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+
+
+def add_from_global(sums, address, at_once: int):
+  """An f32 accumulator plus what `load_global_f32x4` finds at an address of this thread, four sums every 16 * 128 bytes.
+
+  `at_once` loads are in flight at a time.
+  """
+  registers, values = list(sums.registers.flat), []
+  for start in range(0, len(registers), 2 * at_once):
+    group = registers[start : start + 2 * at_once]
+    fours = [load_global_f32x4(address, (start // 2 + i) * 16 * WARPGROUP) for i in range(len(group) // 2)]
+    more = [value for four in fours for value in four]
+    values += [arith.addf(extract(group[i // 2], i % 2), more[i]) for i in range(len(more))]
+  return accumulator(values, sums.shape)
+
+
+def signal(flag, value, predicate):
+  """Stores an i32 in device memory, after all that this thread knows to be written or read there.
+
+  Args:
+    flag: byte address, i64.
+    value: i32.
+    predicate: i1, which thread.
+  """
+  told = arith.extui(ir.IntegerType.get_signless(32), predicate)
+  store = "setp.ne.u32 p, $2, 0; @p st.release.gpu.global.u32 [$0], $1;"
+  inline_ptx("{ .reg .pred p; " + store + " }", [flag, value, told], "l,r,r")
+
+
+def await_signal(flag, value):
+  """Waits until an i32 at a byte address (i64) in device memory is `value`."""
+  loop = "WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.ne.u32 p, v, $1; @p bra WAIT;"
+  inline_ptx("{ .reg .pred p; .reg .u32 v; " + loop + " }", [flag, value], "l,r")
 
 
 def warpgroup_barrier():

@@ -7,7 +7,6 @@ the same rows are put together, wherever they are: the union is what x costs. Bl
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,12 @@ from jaxsparse.arrays import _block_array
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile
-_HEAVY_LEVELS = 16
+PART = 5  # numbers to a part of a list
+# A list is cut in parts of at most so many times the mean length: the first of these for which there is room, and there always
+# is for the last. Measured: adding a part costs as much as 10 us of work. So no list as short as _LEAST rows of the sum is
+# cut, and twice the mean is too little.
+_CUTS = (3, 4)
+_LEAST = 1536
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
 
@@ -34,8 +38,9 @@ class Plan(NamedTuple):
     slots: `[N * S]`, for every entry the slot of the block in each of the S block columns of the list; the capacity N
       where there is none.
     starts: `[lists + 1]`, of the lists in `minor`.
-    order: `[lists]`, longest first.
-    heavy: `[16]`, at j how many lists hold more than 2**-j of all entries.
+    parts: `[1 + 5 P]`: how many parts of lists there are, then of each, longest first and those of one list together:
+      (list, first entry, one past the last, partials, place). Parts but the last of a list leave their sums at `place`,
+      and have partials = -1; the last one adds `partials` of them, from `place` on. A list that is not long is one part.
     units: `[2 * lists]`, where blocks are narrower than a tile: which 64 columns of the result each half of a tile is. The
       last one may lie outside of the result.
   """
@@ -43,8 +48,7 @@ class Plan(NamedTuple):
   minor: Any
   slots: Any
   starts: Any
-  order: Any
-  heavy: Any
+  parts: Any
   units: Any
 
 
@@ -89,24 +93,16 @@ def sampled_entries(bo: int) -> int:
   return max(1, SAMPLED_COLUMNS // bo)
 
 
-def heavy_level(across: int, threads: int) -> int:
-  """The level of `Plan.heavy` at which a tile takes more than a sixth of what one of `threads` has to do.
-
-  Such tiles are begun first, so that none of them is the last.
-
-  Args:
-    across: tiles along B.
-    threads: blocks of threads.
-  """
-  share = across / (6 * threads)
-  return min(_HEAVY_LEVELS - 1, max(0, round(-math.log2(share))))
+def extra_parts(lists: int) -> int:
+  """Parts that long lists may be cut into, beside one for every list."""
+  return -(-lists // _CUTS[-1])
 
 
 def _make(xp, rows, cols, grid, block_shape) -> Plans:
   (block_rows, block_cols), (bk, bo) = grid, block_shape
   live = cols < block_cols
-  forward = _plan(xp, live, rows, block_rows, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
-  transposed = _plan(xp, live, cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
+  forward = _plan(xp, live, rows, block_rows, bk, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
+  transposed = _plan(xp, live, cols, block_cols, bo, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
   items, num_items = _items(xp, transposed, block_cols, sampled_entries(bo))
   return Plans(forward, transposed, items, num_items)
 
@@ -168,8 +164,8 @@ def _matching(xp, used):
   return xp.where(left, partner, mate)
 
 
-def _plan(xp, live, minor, minors, lists, shared, units, list_of, place) -> Plan:
-  """The plan of lists of `shared` block columns each, in NumPy or JAX."""
+def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) -> Plan:
+  """The plan of lists of `shared` block columns each, of blocks of `depth`, in NumPy or JAX."""
   capacity = minor.shape[0]
   key = xp.where(live, list_of * minors + minor, lists * minors).astype(np.int32)
   order = xp.argsort(key, stable=True)
@@ -182,18 +178,39 @@ def _plan(xp, live, minor, minors, lists, shared, units, list_of, place) -> Plan
   minors_of = _scatter(xp, np.int32(0), capacity, entry, key % minors)
   counts = _count(xp, lists, xp.where(first, key // minors, lists))
   starts = xp.concatenate([xp.zeros(1, np.int32), xp.cumsum(counts).astype(np.int32)])
-  longest = xp.argsort(-counts, stable=True)
-  share = counts / xp.maximum(counts.sum(), 1)
-  heavy = (share > 0.5 ** xp.arange(_HEAVY_LEVELS)[:, None]).sum(1)
   as32 = lambda a: xp.asarray(a).astype(np.int32)
   return Plan(
     minor=as32(minors_of),
     slots=as32(slots),
     starts=as32(starts),
-    order=as32(longest),
-    heavy=as32(heavy),
+    parts=_parts(xp, starts, depth),
     units=as32(units),
   )
+
+
+def _parts(xp, starts, depth):
+  """`Plan.parts`: long lists are cut, so that tiles of one stripe of x run at about the same time."""
+  counts = starts[1:] - starts[:-1]
+  lists = counts.shape[0]
+  room, least = extra_parts(lists), -(-_LEAST // depth)
+  # These numbers are small: quotients in float32 are as good as those of integers, and a third of the operations.
+  as32 = lambda a: a.astype(np.int32)
+  most = xp.maximum(least, xp.ceil(np.array(_CUTS, np.int32) * starts[-1] / lists))  # of a part, for each of the cuts
+  pieces = xp.maximum(1, as32(xp.ceil(counts / most[:, None])))
+  pieces = pieces[xp.argmax((pieces - 1).sum(1) <= room)]
+  order = xp.argsort(-(counts / pieces), stable=True)
+  pieces, counts, starts = pieces[order], counts[order], starts[:-1][order]
+  ends = xp.cumsum(pieces)
+  part = xp.arange(lists + room)
+  rank = xp.minimum((part[:, None] >= ends).sum(1), lists - 1)
+  pieces, before = pieces[rank], ends[rank] - pieces[rank]
+  of_list = part - before
+  begin, end = (starts[rank] + as32(xp.floor(counts[rank] * p / pieces)) for p in (of_list, of_list + 1))
+  leaves = of_list < pieces - 1
+  # Every list before has a last part, which leaves no sums.
+  place = before - rank + xp.where(leaves, of_list, 0)
+  parts = xp.stack([order[rank], begin, end, xp.where(leaves, -1, pieces - 1), place], 1)
+  return as32(xp.concatenate([ends[-1:], parts.reshape(-1)]))
 
 
 def _items(xp, plan, minors, piece):

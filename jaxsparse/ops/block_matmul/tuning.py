@@ -58,34 +58,38 @@ class Tuning:
     return self.stages * step + out + _BARRIER_BYTES
 
 
-def best_tuning(batch: int, outputs: int, blocks: int, depth: int, size: int, density: float) -> Tuning:
+def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int) -> Tuning:
   """Tiles for `batch` rows of x.
 
   Args:
     batch: rows of x.
     outputs: width of the result.
-    blocks: kept blocks for each tile of the result, on average.
+    blocks: entries of the list of a tile, on average.
     depth: of a block along the sum.
     size: of a block along the result.
-    density: of the blocks, at most 1.
   """
   tile_b = min(256, -(-batch // 8) * 8)
   if 256 < batch < 1024 and 0 < batch % 256 <= 128:
     # A last tile that is nearly empty costs as much as a full one.
     tile_b = -(-batch // (8 * -(-batch // 256))) * 8
+  steps = blocks * max(1, depth // 64)
+  tiles = -(-outputs // TILE) * -(-batch // tile_b)
+  # Measured: short tiles are bound by device memory and what a tile costs beside its steps, and lower ones hide that better.
+  # Where tiles are few, they also leave less to the last of them.
+  if tile_b == 256 and steps < (12 if size >= TILE and tiles < 4 * _SMS else 6):
+    tile_b, tiles = 128, -(-outputs // TILE) * -(-batch // 128)
   across = -(-batch // tile_b)
-  tiles = -(-outputs // TILE) * across
 
   def microseconds(split):
     step = _STEP_US if tile_b > 64 else _SMALL_STEP_US
-    lists = -(-tiles * split // _SMS) / split * blocks * max(1, depth // 64) * step
+    lists = -(-tiles * split // _SMS) / split * steps * step
     return lists + (0 if split == 1 else _LAUNCH_US + split * batch * outputs * 8 / _BYTES_PER_US)
 
-  stages = 4 if tile_b > 128 else 5 if tile_b > 64 else 8
+  stages = 4 if tile_b > 128 else 6 if tile_b > 64 else 8
   split = min((1, 2, 4, 8), key=microseconds)
-  # Measured: neighbours that share w gain 3 to 10 % where w is a large part of what is loaded; with blocks of 32, or few
-  # of them, waiting for each other costs more. Then the narrowest stripe keeps x in the L2 cache best.
-  pays = density > (0.07 if size >= TILE else 0.3) and size >= 64
+  # Measured: neighbours that share w gain 2 to 13 %, but in each tile they wait for each other, and lose up to 10 % where
+  # tiles are short. Narrower blocks share less: few of them are in the same rows. Blocks of 32 lose always.
+  pays = size >= 64 and steps > (11 if size >= TILE else 22)
   cluster = 2 if pays and across % 2 == 0 and split == 1 and tiles >= 2 * _SMS else 1
   return Tuning(tile_b, stages, split, 1, cluster)
 

@@ -143,14 +143,19 @@ def send_sums(shape):
   plgpu = mg.plgpu
 
   def send(_, sums, ref):
-    registers = list(sums.registers.flat)
-    address = _sums_address(ref)
-    for i in range(0, len(registers), 2):
-      four = [mg.extract(registers[i + j // 2], j % 2) for j in range(4)]
-      mg.store_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP, four)
+    write_sums(sums, ref)
     mg.warpgroup_barrier()  # all of it is written before one thread says so
 
   return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(send)
+
+
+def write_sums(sums, ref):
+  """What `send_sums` does, for a function inside `inline_mgpu` that lets the threads meet afterwards."""
+  registers = list(sums.registers.flat)
+  address = sums_address(ref)
+  for i in range(0, len(registers), 2):
+    four = [mg.extract(registers[i + j // 2], j % 2) for j in range(4)]
+    mg.store_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP, four)
 
 
 def receive_sums(shape):
@@ -159,7 +164,7 @@ def receive_sums(shape):
   WGMMA = plgpu.Layout.WGMMA
 
   def receive(_, ref):
-    address = _sums_address(ref)
+    address = sums_address(ref)
     count = shape[0] * shape[1] // mg.WARPGROUP
     sums = [mg.load_global_f32x4(address, i * 16 * mg.WARPGROUP) for i in range(count // 4)]
     return mg.accumulator([value for four in sums for value in four], shape)
@@ -169,7 +174,8 @@ def receive_sums(shape):
   )(receive)
 
 
-def _sums_address(ref):
+def sums_address(ref):
+  """Where this thread's first four sums lie in such a ref: byte address, i64."""
   thread = mg.arith.andi(mg.thread_index(), mg.const32(mg.WARPGROUP - 1))
   offset = mg.arith.extui(mg.ir.IntegerType.get_signless(64), mg.arith.muli(thread, mg.const32(16)))
   return mg.arith.addi(mg.global_address(ref), offset)

@@ -1,0 +1,107 @@
+"""Device code of the block-sparse matmul that Pallas has no words for, each as a callable for a kernel body (`_hopper_body`)."""
+
+import jax.numpy as jnp
+
+from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.nm_matmul import _hopper_device as nm_device
+
+ROWS = 64  # outputs of a warpgroup: what one wgmma covers
+_AT_ONCE = 8  # loads of four sums that a thread has in flight: beside the accumulator there are registers for so many
+
+
+def fetch(cluster):
+  """`(counter, place)`: one thread takes a number from a counter in device memory, for all shared memories of a cluster."""
+
+  # Where nobody has to be told by the warp that issues copies, another one waits for the counter.
+  thread = 0 if cluster > 1 else 32
+
+  def take(_, counter, place):
+    mg.fetch_add(mg.global_address(counter), mg.shared_address(place), mg.is_thread(thread), cluster)
+
+  return mg.plgpu.inline_mgpu(arg_types=(mg.plgpu.RefType(), mg.plgpu.RefType()))(take)
+
+
+def synchronize():
+  """`()`: all threads of the warpgroup meet."""
+  return mg.plgpu.inline_mgpu()(lambda _: mg.warpgroup_barrier())
+
+
+def product(tile_b, transposed, swizzle, transforms):
+  """accumulator [64, tile_b] + (64 outputs of w) @ (a tile of x)^T."""
+  plgpu = mg.plgpu
+  WGMMA, ref = plgpu.Layout.WGMMA, plgpu.RefType(transforms)
+
+  def multiply(_, accumulator, w_ref, x_ref):
+    return mg.wgmma(accumulator, w_ref, x_ref, a_transposed=not transposed, b_transposed=True, swizzle=swizzle)
+
+  return plgpu.inline_mgpu(
+    arg_types=(WGMMA, ref, ref), return_type=plgpu.ShapeDtypeStruct((ROWS, tile_b), jnp.float32, layout=WGMMA)
+  )(multiply)
+
+
+def product_in_halves(tile_b, step, transposed, swizzle, transforms, dtype):
+  """As `product` for two blocks of 32 outputs, of which one may be absent: `(accumulator, present, w, x)`."""
+  plgpu = mg.plgpu
+  WGMMA, ref, scalar = plgpu.Layout.WGMMA, plgpu.RefType(transforms), plgpu.Layout.WG_SPLAT(())
+
+  def multiply(_, accumulator, halves, w_ref, x_ref):
+    fragments = mg.halves_of_rows(w_ref, halves, step, dtype, transposed=not transposed, swizzle=swizzle)
+    return mg.wgmma(accumulator, fragments, x_ref, a_transposed=None, b_transposed=True, swizzle=swizzle)
+
+  run = plgpu.inline_mgpu(
+    arg_types=(WGMMA, scalar, ref, ref),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, tile_b), jnp.float32, layout=WGMMA),
+  )(multiply)
+
+  def of_present(accumulator, present, w_ref, x_ref):
+    halves = present[0].astype(jnp.int32) + 2 * present[1].astype(jnp.int32)
+    return run(accumulator, halves, w_ref, x_ref)
+
+  return of_present
+
+
+def interpreted_product(w, x, transposed, present):
+  """The same on a CPU, from the same slabs."""
+  w = w.transpose(1, 0, 2) if transposed else w.transpose(0, 2, 1)
+  w = jnp.where(jnp.repeat(jnp.stack(present), ROWS // len(present))[:, None], w.reshape(ROWS, -1), 0)
+  x = x.transpose(0, 2, 1)
+  return jnp.dot(w, x.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
+
+
+def leave_sums():
+  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, leaves sums in device memory, sets it to turn + 1."""
+  plgpu = mg.plgpu
+
+  def leave(_, accumulator, flag, turn, sums):
+    _await(flag, turn)
+    nm_device.write_sums(accumulator, sums)
+    _pass(flag, turn)
+
+  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()))(
+    leave
+  )
+
+
+def add_sums(tile_b):
+  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, adds what lies in device memory, sets it to turn + 1."""
+  plgpu = mg.plgpu
+
+  def add(_, accumulator, flag, turn, sums):
+    _await(flag, turn)
+    accumulator = mg.add_from_global(accumulator, nm_device.sums_address(sums), _AT_ONCE)
+    _pass(flag, turn)
+    return accumulator
+
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, tile_b), jnp.float32, layout=plgpu.Layout.WGMMA),
+  )(add)
+
+
+def _await(flag, turn):
+  mg.await_signal(mg.global_address(flag), turn.registers.item())
+
+
+def _pass(flag, turn):
+  mg.warpgroup_barrier()  # all threads have written, or read
+  mg.signal(mg.global_address(flag), mg.arith.addi(turn.registers.item(), mg.const32(1)), mg.is_thread(0))

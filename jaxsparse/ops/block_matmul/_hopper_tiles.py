@@ -1,0 +1,211 @@
+"""Which tile of the block-sparse matmul a block of threads works on next, and where parts of a list leave their sums.
+
+Blocks of threads persist and take their tiles from a counter, in the order of the plan: stripes along B, in each of which
+all parts of lists come, longest first. What runs at a time then shares x in the L2 cache, and short tiles come last.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import _hopper_device as device
+from jaxsparse.ops.block_matmul import _plan
+from jaxsparse.ops.block_matmul import tuning as tunings
+from jaxsparse.ops.block_matmul._hopper_device import ROWS
+
+WARPGROUPS = 2  # that multiply
+_QUEUE = 4  # tiles that the loading warpgroup may be ahead of the others
+_AHEAD = 128  # of the sum are left to be loaded when the next tile is taken
+_STRIPES = 4  # that have places of their own for sums of parts: few, so that these stay in the L2 cache
+
+
+def div(a, b):
+  return lax.div(a, jnp.int32(b))
+
+
+def rem(a, b):
+  return lax.rem(a, jnp.int32(b))
+
+
+class Tile(NamedTuple):
+  """One tile, or the part of one.
+
+  Attributes:
+    split: which part of every list this is, of `split_k`.
+    which: list.
+    sub: which 128 outputs of the list.
+    b: first row of x.
+    begin, end: its entries.
+    partials: how many other parts of the list have to be added; -1: this one will be added to another one.
+    place: of the first of their sums.
+  """
+
+  split: Any
+  which: Any
+  sub: Any
+  b: Any
+  begin: Any
+  end: Any
+  partials: Any
+  place: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """What is static of the tiles.
+
+  Attributes:
+    t: how the product is cut.
+    batch: rows of x.
+    lists: of blocks, in the plan.
+    extra: how many parts of lists there may be beside them.
+    size: of a block along the result.
+    cluster: neighbours along B that form a cluster; what one loads of w all of them get.
+    processors: blocks of threads that run at once.
+  """
+
+  t: tunings.Tuning
+  batch: int
+  lists: int
+  extra: int
+  size: int
+  cluster: int
+  processors: int
+
+  @property
+  def tiles_of_list(self) -> int:
+    return max(1, self.size // tunings.TILE)
+
+  @property
+  def across(self) -> int:
+    """Tiles along B, or clusters of them."""
+    return -(-self.batch // (self.t.tile_b * self.cluster))
+
+  @property
+  def threads(self) -> int:
+    """Blocks of threads, or clusters of them."""
+    return min(self.lists * self.tiles_of_list * self.across * self.t.split_k, self.processors // self.cluster)
+
+  @property
+  def sums(self) -> tuple[int, int, int]:
+    """Shape of what parts of lists leave behind, in float32."""
+    places = self.t.split_k * self.extra * self.turns * self.tiles_of_list
+    return places, WARPGROUPS, ROWS * self.t.tile_b
+
+  @property
+  def turns(self) -> int:
+    """After so many tiles along B, a place for sums is used again."""
+    return min(self.across, max(self.t.grid_width, _STRIPES)) * self.cluster
+
+  @property
+  def counters(self) -> int:
+    """One from which tiles are taken, and one for every sum that says whose turn it is."""
+    return 1 + self.sums[0] * WARPGROUPS
+
+  @property
+  def ahead(self) -> int:
+    """Entries of a list that are left to be loaded when the next tile is taken."""
+    return max(1, _AHEAD // self.depth)
+
+
+def scratch(barrier) -> dict[str, Any]:
+  """Shared memory and barriers of the queue."""
+  return dict(
+    queue=mg.plgpu.SMEM((_QUEUE,), jnp.int32),
+    fetched=barrier(num_arrivals=1, num_barriers=_QUEUE),
+    taken=barrier(num_arrivals=WARPGROUPS + 1, num_barriers=_QUEUE),
+  )
+
+
+class Tiles:
+  """The tiles of a block of threads, while the kernel is traced; arguments as for `_hopper_body.Body`."""
+
+  def __init__(self, launch: Grid, refs: dict[str, Any], smem: dict[str, Any]):
+    self.launch, self.t, self.refs, self.smem = launch, launch.t, refs, smem
+    self.warpgroup = lax.axis_index("warpgroup")
+    self.live = refs["parts"][0]
+    # The first tiles are handed out by index, but not all clusters may run at once.
+    self.base = 0 if launch.cluster > 1 else launch.threads
+
+  def arrive(self, barrier):
+    if self.launch.cluster > 1:  # there, one thread signals for its warpgroup
+      device.synchronize()()
+    mg.plgpu.barrier_arrive(barrier)
+
+  def walk(self, body, loads: bool):
+    """Runs `body(i, tile, steps so far, publish) -> steps so far` for all tiles; returns the steps.
+
+    Who loads calls `publish` in between: it takes the next tile for all warpgroups.
+    """
+    work = self.live * (self.launch.tiles_of_list * self.launch.across * self.t.split_k)
+
+    def one(carry):
+      i, item, count = carry
+      count = body(i, self.tile_of(item), count, lambda: self._publish(i, item))
+      return i + 1, self._read(i), count
+
+    start, item = jnp.int32(0), lax.axis_index("block")
+    if self.launch.cluster > 1:
+      if loads:
+        self._publish(start, item)
+      start, item = start + 1, self._read(start)
+    return lax.while_loop(lambda carry: carry[1] < work, one, (start, item, jnp.int32(0)))[2]
+
+  def free_queue(self):
+    for slot in range(_QUEUE):
+      self.arrive(self.smem["taken"].at[slot])
+
+  def drain_queue(self):
+    for slot in range(_QUEUE):
+      mg.plgpu.barrier_wait(self.smem["taken"].at[slot])
+
+  def _publish(self, i, item):
+    slot = rem(i, _QUEUE)
+    place = self.smem["queue"].at[slot]
+    mg.plgpu.barrier_wait(self.smem["taken"].at[slot])
+    if self.launch.interpret is None:
+      device.fetch(self.launch.cluster)(self.refs["counter"], place)
+    else:
+      self.smem["queue"][slot] = item + self.launch.threads - self.base
+    self.arrive(self.smem["fetched"].at[slot])
+
+  def _read(self, i):
+    slot = rem(i, _QUEUE)
+    mg.plgpu.barrier_wait(self.smem["fetched"].at[slot])
+    item = self.smem["queue"][slot] + self.base
+    self.arrive(self.smem["taken"].at[slot])
+    return item
+
+  def tile_of(self, item) -> Tile:
+    launch, across, split_k = self.launch, self.launch.across, self.t.split_k
+    groups = self.live * launch.tiles_of_list
+    split = lax.div(item, groups * across) if split_k > 1 else 0
+    item = item - split * (groups * across)
+    width = min(self.t.grid_width, across)
+    stripe = lax.div(item, groups * width)
+    inside = item - stripe * groups * width
+    in_stripe = jnp.minimum(width, across - stripe * width)
+    at = lax.div(inside, in_stripe) if width > 1 else inside
+    b = stripe * width + (lax.rem(inside, in_stripe) if width > 1 else 0)
+    if launch.cluster > 1:
+      b = b * launch.cluster + lax.axis_index("member")
+    part = 1 + div(at, launch.tiles_of_list) * _plan.PART
+    which, begin, end, partials, place = (self.refs["parts"][part + j] for j in range(_plan.PART))
+    if split_k > 1:
+      begin, end = (begin + div((end - begin) * s, split_k) for s in (split, split + 1))
+    return Tile(split, which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, partials, place)
+
+  def sums_of(self, at: Tile, part):
+    """Where part `part` of the list leaves its sums of this tile, the flag of that place, and what it is when it is free.
+
+    Sums are there when the flag is one more, and added when it is two more. Whoever waits for it waits for parts that
+    were handed out earlier, so that somebody always goes on.
+    """
+    launch, b = self.launch, div(at.b, self.t.tile_b)
+    place = (at.split * launch.extra + at.place + part) * launch.turns + rem(b, launch.turns)
+    index = place * launch.tiles_of_list + at.sub
+    flag = self.refs["counter"].at[1 + index * WARPGROUPS + self.warpgroup]
+    return self.refs["sums"].at[index, self.warpgroup], flag, 2 * div(b, launch.turns)
