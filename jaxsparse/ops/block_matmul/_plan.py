@@ -18,7 +18,8 @@ from jaxsparse.arrays import _block_array
 
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
-SAMPLED_COLUMNS = 256  # of the sampled product's tile
+SAMPLED_COLUMNS = 256  # of the sampled product's tile, to each warpgroup
+_FLAT_BELOW = 0.3  # density; see `sampled_height`
 _HEAVY_LEVELS = 16
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
@@ -36,8 +37,8 @@ class Plan(NamedTuple):
     starts: `[lists + 1]`, of the lists in `minor`.
     order: `[lists]`, longest first.
     heavy: `[16]`, at j how many lists hold more than 2**-j of all entries.
-    units: `[2 * lists]`, where blocks are narrower than a tile: which 64 columns of the result each half of a tile is. The
-      last one may lie outside of the result.
+    units: `[2 * lists]`, where blocks are narrower than a tile: which part of the result, as wide as half a tile, each half
+      of a tile is. The last one may lie outside of the result.
   """
 
   minor: Any
@@ -48,21 +49,36 @@ class Plan(NamedTuple):
   units: Any
 
 
+class Sampled(NamedTuple):
+  """Lists of block rows, cut in pieces of about equal length, one for each tile of the sampled product; int32 throughout.
+
+  Attributes:
+    minor, slots, units: as in `Plan`; the units are as wide as a warpgroup's blocks.
+    items: `[I, 3]`, of (list, first entry, one past the last), in an order in which neighbours share rows and columns.
+    empty: `[N]`, first the slots without a block.
+    counts: `[2]`, how many items and how many empty slots there are.
+  """
+
+  minor: Any
+  slots: Any
+  units: Any
+  items: Any
+  empty: Any
+  counts: Any
+
+
 class Plans(NamedTuple):
   """What the three products of a layer need: `x @ w`, `dy @ w.T`, and `x.T @ dy` at the kept blocks.
 
   Attributes:
     forward: lists of block columns.
     transposed: lists of block rows.
-    items: `[I, 2]`, int32, of (list, first entry): the lists of `transposed` in pieces of equal length, for the sampled
-      product, in an order in which neighbours share rows and columns.
-    num_items: `[1]`, int32, how many of them there are.
+    sampled: lists of block rows in pieces.
   """
 
   forward: Plan
   transposed: Plan
-  items: Any
-  num_items: Any
+  sampled: Sampled
 
 
 def plans_of(w: _block_array.BlockArray) -> Plans:
@@ -84,9 +100,18 @@ def _plans(rows, cols, grid, block_shape):
   return _make(jnp, rows, cols, grid, block_shape)
 
 
-def sampled_entries(bo: int) -> int:
+def sampled_height(bk: int, density: float) -> int:
+  """Block rows, in entries, of a tile of the sampled product: 128 (64 to each warpgroup) or 64.
+
+  Two warpgroups that share columns of dy, or that share columns of x: at low density block rows have few columns in common,
+  and what is loaded for one of them would be multiplied in vain for the others.
+  """
+  return UNIT if bk <= UNIT and density < _FLAT_BELOW else TILE
+
+
+def sampled_entries(bo: int, height: int) -> int:
   """Entries of a list of block rows that a tile of the sampled product takes."""
-  return max(1, SAMPLED_COLUMNS // bo)
+  return SAMPLED_COLUMNS // bo * (TILE // height)
 
 
 def heavy_level(across: int, threads: int) -> int:
@@ -107,18 +132,23 @@ def _make(xp, rows, cols, grid, block_shape) -> Plans:
   live = cols < block_cols
   forward = _plan(xp, live, rows, block_rows, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
-  items, num_items = _items(xp, transposed, block_cols, sampled_entries(bo))
-  return Plans(forward, transposed, items, num_items)
+  height, lists = sampled_height(bk, rows.shape[0] / max(1, block_rows * block_cols)), transposed
+  if height < TILE:
+    lists = _plan(xp, live, cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk, height))
+  items, num_items = _items(xp, lists, block_cols, sampled_entries(bo, height))
+  empty = _scatter(xp, 0, live.size, xp.where(live, live.size, xp.cumsum(~live) - 1), xp.arange(live.size))
+  counts = xp.stack([num_items, (~live).sum()]).astype(np.int32)
+  return Plans(forward, transposed, Sampled(lists.minor, lists.slots, lists.units, items, empty, counts))
 
 
-def _tiles(xp, live, major, majors, minor, minors, size):
-  """(lists, S, units, list of every block, place of every block in its list) of tiles of `TILE`.
+def _tiles(xp, live, major, majors, minor, minors, size, tile=TILE):
+  """(lists, S, units, list of every block, place of every block in its list) of tiles of `tile`.
 
-  Units of 64 are put together so that they share rows.
+  Two units of half of it each are put together so that they share rows.
   """
-  if size >= TILE:
+  if size >= tile:
     return majors, 1, xp.arange(2 * majors), major, xp.zeros_like(major)
-  own = max(1, UNIT // size)
+  own = max(1, tile // 2 // size)
   units = -(-majors // own)
   unit = xp.where(live, major // own, units)
   used = _scatter(xp, 0, units * minors, xp.where(live, unit * minors + minor, units * minors), xp.ones_like(minor))
@@ -197,7 +227,7 @@ def _plan(xp, live, minor, minors, lists, shared, units, list_of, place) -> Plan
 
 
 def _items(xp, plan, minors, piece):
-  """Pieces of lists as (list, first entry), and how many there are."""
+  """Lists in pieces of at most `piece` entries, as (list, first entry, one past the last), and how many there are."""
   starts, minors_of = plan.starts, plan.minor
   counts = starts[1:] - starts[:-1]
   lists, capacity = counts.shape[0], minors_of.shape[0]
@@ -206,13 +236,13 @@ def _items(xp, plan, minors, piece):
   # The j-th piece of list l is item j + (pieces of the lists before it).
   item = xp.arange(min(capacity, capacity // piece + lists))
   of = xp.minimum(xp.searchsorted(ends, item, side="right"), lists - 1)
-  begin = starts[:-1][of] + (item - (ends - pieces)[of]) * piece
+  j, count, parts = item - (ends - pieces)[of], counts[of], xp.maximum(pieces[of], 1)
+  begin, end = (starts[:-1][of] + count * i // parts for i in (j, j + 1))
   # What runs at a time shall need about as many columns of dy as of x: take the items in stripes of columns.
   stripes = xp.maximum(1, xp.round((ends[-1] / _SMS) ** 0.5)).astype(np.int32)
   stripe = minors_of[xp.minimum(begin, capacity - 1)] * stripes // minors
   order = xp.argsort(xp.where(item < ends[-1], stripe * lists + of, np.iinfo(np.int32).max), stable=True)
-  as32 = lambda a: xp.asarray(a).astype(np.int32)
-  return as32(xp.stack([of, begin], 1)[order]), as32(ends[-1])[None]
+  return xp.stack([of, begin, end], 1)[order].astype(np.int32), ends[-1]
 
 
 def _scatter(xp, fill, size, at, values):

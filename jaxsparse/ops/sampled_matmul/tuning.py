@@ -1,12 +1,9 @@
-"""Pipeline of the sampled matmul, and what a shape gets."""
+"""Pipeline of the sampled matmul, what a shape gets, and how the last tiles are cut."""
 
 import dataclasses
+import math
 
-_SMS = 132
-# Of the model that decides whether the rows are split: to be fitted to measurements.
-_STEP_US = 0.75  # 64 rows of x and dy
-_LAUNCH_US = 4.0  # adding up the parts is a kernel of its own
-_BYTES_PER_US = 2.5e6
+_MOST_PARTS = 8  # of a tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,28 +11,48 @@ class Tuning:
   """How the kernel cuts a product.
 
   Attributes:
-    stages: pipeline steps, of 64 rows of x and dy, in shared memory.
-    split_b: parts of the sum over rows that are computed apart and then added.
+    step: rows of x and dy to a pipeline step: 32 or 64.
+    stages: pipeline steps in shared memory; 0 for as many as there is room for.
     epilogue_slots: stores in flight for each warpgroup.
+    meeting: what adding up one part of a tile costs, in rows of x; infinity: tiles are never cut.
+    pace: in rows of x, how often blocks of threads look how far the others are; 0: never.
 
   Raises:
-    ValueError: shared memory does not allow it.
+    ValueError: the kernel does not know such a pipeline.
   """
 
-  stages: int = 4
-  split_b: int = 1
+  step: int = 64
+  stages: int = 0
   epilogue_slots: int = 2
+  meeting: float = 200.0
+  pace: int = 0
 
   def __post_init__(self):
-    if not 1 <= self.stages <= 4 or self.split_b < 1 or not 1 <= self.epilogue_slots <= 2:
-      raise ValueError(f"{self} needs stages in [1, 4], split_b of at least 1 and epilogue_slots of 1 or 2.")
+    if self.step not in (32, 64) or not 0 <= self.stages <= 8 or not 1 <= self.epilogue_slots <= 2:
+      raise ValueError(f"{self} needs step of 32 or 64, stages in [0, 8] and epilogue_slots of 1 or 2.")
+    if not self.meeting >= 0:
+      raise ValueError(f"{self} needs meeting of at least 0.")
 
 
-def best_tuning(batch: int, items: int, entries: int) -> Tuning:
-  """Pipeline for `batch` rows and about `items` tiles that hold `entries` kept entries in all."""
+def cuts(threads: int, steps: int, meeting: float) -> list[tuple[int, int, int]]:
+  """How tiles that do not fill a round are cut: `n` blocks of threads share `m` tiles, the rows going on from one to the next.
 
-  def microseconds(split):
-    tiles = -(-items * split // _SMS) / split * (batch / 64) * _STEP_US
-    return tiles + (0 if split == 1 else _LAUNCH_US + split * entries * 8 / _BYTES_PER_US)
+  Args:
+    threads: blocks of threads.
+    steps: of a tile.
+    meeting: steps that adding up one part costs.
 
-  return Tuning(split_b=min((1, 2, 4, 8), key=microseconds))
+  Returns:
+    (most tiles, m, n), ascending, the last one being (threads, 1, 1): the first that has room for the tiles is the fastest.
+  """
+  best = []
+  ways = [
+    (m, n) for n in range(1, 1 + min(_MOST_PARTS, steps, threads)) for m in range(1, n + 1) if math.gcd(m, n) == 1
+  ]
+  cost = lambda way: way[0] / way[1] * steps + (meeting * -(-way[1] // way[0]) if way[1] > 1 else 0)
+  most = 0
+  for m, n in sorted(ways, key=cost):
+    if (room := threads // n * m) > most:
+      most = room
+      best.append((room, m, n))
+  return best
