@@ -52,7 +52,7 @@ else:  # kernel modules can then still be imported, to be asked why they cannot 
 
 
 def split_roles(warpgroup, multiplying: int, load, multiply, registers: tuple[int, int] | None) -> None:
-  """In a kernel body: the last warpgroup runs `load()`, the `multiplying` ones before it `multiply()`.
+  """In a kernel body: the first `multiplying` warpgroups run `multiply()`, those after them `load()`.
 
   Args:
     warpgroup: index of this one.
@@ -61,7 +61,7 @@ def split_roles(warpgroup, multiplying: int, load, multiply, registers: tuple[in
     registers: of a loading and of a multiplying thread; None leaves them as they are (in the interpreter).
   """
 
-  @pl.when(warpgroup == multiplying)
+  @pl.when(warpgroup >= multiplying)
   def _load():
     if registers is not None:
       plgpu.set_max_registers(registers[0], action="decrease")

@@ -169,24 +169,6 @@ def receive_sums(shape):
   )(receive)
 
 
-def add_sums(shape):
-  """Adds what `send_sums` wrote to an accumulator `shape`, few registers at a time: there are none left for a second one."""
-  plgpu = mg.plgpu
-  WGMMA = plgpu.Layout.WGMMA
-
-  def add(_, sums, ref):
-    address = _sums_address(ref)
-    registers, values = list(sums.registers.flat), []
-    for i in range(0, len(registers), 2):
-      four = mg.load_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP)
-      values += [mg.arith.addf(mg.extract(registers[i + j // 2], j % 2), four[j]) for j in range(4)]
-    return mg.accumulator(values, shape)
-
-  return plgpu.inline_mgpu(
-    arg_types=(WGMMA, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=WGMMA)
-  )(add)
-
-
 def _sums_address(ref):
   thread = mg.arith.andi(mg.thread_index(), mg.const32(mg.WARPGROUP - 1))
   offset = mg.arith.extui(mg.ir.IntegerType.get_signless(64), mg.arith.muli(thread, mg.const32(16)))

@@ -1,6 +1,6 @@
 """What the warpgroups of the sampled product do: load, multiply, add up what was cut, store (`_hopper` says why).
 
-One warpgroup runs `Body.load`, the others `Body.multiply`; both walk the same segments of tiles and hand slots of a ring
+Two warpgroups run `Body.load`, two others `Body.multiply`; both walk the same segments of tiles and hand slots of a ring
 in shared memory to each other.
 """
 
@@ -17,9 +17,13 @@ from jaxsparse.ops.nm_matmul import _hopper_device as device
 from jaxsparse.ops.sampled_matmul import tuning as tunings
 
 WARPGROUPS = 2  # that multiply
+LOADERS = 2  # warpgroups that load
+STEP = 64  # rows of x and dy to a pipeline step
 _ROWS = _plan.UNIT  # of w for one wgmma, and so for each warpgroup
 _COLUMNS = _plan.SAMPLED_COLUMNS  # of a warpgroup
-_SHARED_BYTES = 226 * 1024  # of a block of threads on Hopper, less barriers
+_MOST_PARTS = 8  # of a tile
+_CHUNK = 32  # columns that are added up at a time
+_CHUNKS = _COLUMNS // _CHUNK
 
 
 def _div(a, b):
@@ -78,7 +82,7 @@ class Launch:
 
   @property
   def steps(self) -> int:
-    return -(-self.batch // self.t.step)
+    return -(-self.batch // STEP)
 
   @property
   def row(self) -> int:
@@ -95,8 +99,8 @@ class Launch:
 
   @property
   def out_columns(self) -> int:
-    """That are stored at a time; narrow where the ring leaves little room."""
-    return min(self.bo, (64 if self.flat and self.t.step == 64 else 128) // self.out_dtype.itemsize)
+    """That are stored at a time."""
+    return 16 if self.flat and self.out_dtype.itemsize == 4 else 32
 
   @property
   def out_piece(self) -> int:
@@ -105,13 +109,25 @@ class Launch:
 
   @property
   def epilogue_slots(self) -> int:
-    return 1 if self.flat and self.t.step == 64 else self.t.epilogue_slots
+    """Stores in flight for each warpgroup; the ring of a flat tile leaves little room."""
+    return 1 if self.flat else 2
 
   @property
   def stages(self) -> int:
-    step = (self.x_units * _ROWS + self.dy_groups * _COLUMNS) * self.t.step * 2
-    out = WARPGROUPS * self.epilogue_slots * _ROWS * self.out_columns * self.out_dtype.itemsize
-    return self.t.stages or min((_SHARED_BYTES - out) // step, 8)
+    """Pipeline steps in shared memory."""
+    return self.t.stages or (3 if self.flat else 4)
+
+  @property
+  def parts(self) -> list[int]:
+    """Among how many blocks of threads a tile may be cut, where that saves more than meeting costs."""
+    most = min(_MOST_PARTS, self.steps, self.threads)
+    return [n for n in range(2, most + 1) if (self.steps - self.steps / n) * STEP > self.t.meeting]
+
+  def copies_of(self, loader: int):
+    """The copies of x, as (unit, slab), and of entries of dy, as (group, entry), that a loading warpgroup issues."""
+    x = [(u, k) for u in range(self.x_units) for k in range(_ROWS // self.row)]
+    dy = [(g, j) for j in range(self.entries) for g in range(self.dy_groups)]
+    return x[loader::LOADERS], dy[loader::LOADERS]
 
   @property
   def row_transforms(self):
@@ -124,13 +140,13 @@ class Launch:
 
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers of a block."""
-    plgpu, step, row, stages = mg.plgpu, self.t.step, self.row, self.stages
+    plgpu, row, stages = mg.plgpu, self.row, self.stages
     slabs = _COLUMNS // row
     copies = self.x_units * (_ROWS // row) + self.dy_groups * slabs
     transforms, out_shape = self.row_transforms, (WARPGROUPS, self.epilogue_slots, _ROWS, self.out_columns)
     return dict(
-      x_smem=plgpu.SMEM((stages, self.x_units, _ROWS // row, step, row), self.dtype, transforms=transforms),
-      dy_smem=plgpu.SMEM((stages, self.dy_groups, slabs, step, row), self.dtype, transforms=transforms),
+      x_smem=plgpu.SMEM((stages, self.x_units, _ROWS // row, STEP, row), self.dtype, transforms=transforms),
+      dy_smem=plgpu.SMEM((stages, self.dy_groups, slabs, STEP, row), self.dtype, transforms=transforms),
       out_smem=plgpu.SMEM(out_shape, self.out_dtype, transforms=self.out_transforms),
       full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
       empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
@@ -143,15 +159,13 @@ class Segment(NamedTuple):
   Attributes:
     tile: which.
     first, last: step, and one past the last.
-    ends: whether it is the last segment of its tile: then this block finishes the tile.
-    earlier: how many of the blocks before this one hold the tile's earlier segments, where it ends.
+    whole: whether that is all of them; else other blocks have the rest.
   """
 
   tile: Any
   first: Any
   last: Any
-  ends: Any
-  earlier: Any
+  whole: Any
 
 
 class Tile(NamedTuple):
@@ -182,54 +196,41 @@ class Body:
     self.launch, self.refs, self.smem = launch, refs, scratch
     self.full, self.empty = scratch["full"], scratch["empty"]
     self.warpgroup, self.block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    self.rounds = _div(refs["counts"][0] * launch.tiles_of_list, launch.threads)
-    self.rest = refs["counts"][0] * launch.tiles_of_list - self.rounds * launch.threads
+    tiles = refs["counts"][0] * launch.tiles_of_list
+    self.rounds = _div(tiles, launch.threads)
+    self.rest = tiles - self.rounds * launch.threads
+    # What is left after whole rounds fills none: n blocks of threads, a group, share each of these tiles.
+    self.members = jnp.int32(1)
+    for n in launch.parts:
+      self.members = jnp.where(self.rest <= launch.threads // n, n, self.members)
     if launch.interpret is None:
       self.arrived = mg.pl.get_global(mg.plgpu.SemaphoreType.REGULAR((launch.threads * WARPGROUPS,)))
       self.product = _product(launch)
 
+  def _blocks(self, body, carry):
+    """`body(block, carry) -> carry` for this block of threads; the interpreter knows no semaphores: one plays them all."""
+    if self.launch.interpret is None:
+      return body(self.block, carry)
+    return lax.fori_loop(0, self.launch.threads, body, carry)
+
   def _segments(self, body):
-    """`body(i, segment, block, steps so far) -> steps so far` for the segments of this block of threads.
+    """`body(i, segment, block, steps so far) -> steps so far` for the segments of this block of threads."""
+    launch, steps, members = self.launch, self.launch.steps, self.members
 
-    Whole tiles first. What is left fills no round: n blocks of threads, a group, share m tiles, each an equal part of their
-    steps; all groups are alike, so that few places of x and dy are read at a time. A block takes its parts from the last
-    one on, and so never waits for one that waits.
-    """
-    launch = self.launch
-    if launch.interpret is None:
-      return self._segments_of(self.block, body, jnp.int32(0))
-    # The interpreter knows no semaphores: one block of threads plays all of them, in an order in which nobody waits.
-    return lax.fori_loop(0, launch.threads, lambda block, count: self._segments_of(block, body, count), jnp.int32(0))
+    def of_block(block, count):
+      group = lax.div(block, members)
+      member = block - group * members
 
-  def _segments_of(self, block, body, count):
-    launch, steps, rounds, rest = self.launch, self.launch.steps, self.rounds, self.rest
-    m = n = jnp.int32(1)
-    for room, tiles, blocks in reversed(tunings.cuts(launch.threads, steps, launch.t.meeting / launch.t.step)):
-      m, n = (jnp.where(rest <= room, a, b) for a, b in ((tiles, m), (blocks, n)))
-    group = lax.div(block, n)
-    member = block - group * n
-    base = group * m  # its first tile, of the rest
-    shared = jnp.clip(rest - base, 0, m) * steps
-    low, high = lax.div(member * shared, n), lax.div((member + 1) * shared, n)
-    last_tile = _div(high - 1, steps)
-    parts = jnp.where(high > low, last_tile - _div(low, steps) + 1, 0)
+      def one(i, count):
+        whole = (i < self.rounds) | (members == 1)
+        first, last = (lax.div(steps * p, members) for p in (member, member + 1))
+        tile = i * launch.threads + jnp.where(whole, block, group)
+        first, last = jnp.where(whole, 0, first), jnp.where(whole, steps, last)
+        return body(i, Segment(tile, first, last, whole), block, count)
 
-    def one(i, count):
-      cut = i >= rounds
-      j = last_tile - (i - rounds)
-      begin = j * steps
-      before = member - lax.div((begin + 1) * n - 1, jnp.maximum(shared, 1))
-      first, last = jnp.maximum(low - begin, 0), jnp.minimum(high - begin, steps)
-      segment = Segment(
-        tile=jnp.where(cut, rounds * launch.threads + base + j, i * launch.threads + block),
-        first=jnp.where(cut, first, 0),
-        last=jnp.where(cut, last, steps),
-        ends=~cut | (last == steps),
-        earlier=jnp.where(cut & (last == steps), before, 0),
-      )
-      return body(i, segment, block, count)
+      return lax.fori_loop(0, self.rounds + (group < self.rest).astype(jnp.int32), one, count)
 
-    return lax.fori_loop(0, rounds + parts, one, count)
+    self._blocks(of_block, jnp.int32(0))
 
   def _tile(self, segment) -> Tile:
     launch, items = self.launch, self.refs["items"]
@@ -250,31 +251,31 @@ class Body:
     at = unit * _ROWS + column
     return units[tile.which * 2 + at // width] * width + at % width
 
-  def load(self):
+  def load(self, loader: int):
+    """What one of the loading warpgroups does: issuing copies takes time, so they share them."""
     launch, plgpu, pl = self.launch, mg.plgpu, mg.pl
     row, bo = launch.row, launch.bo
     x_gmem, dy_gmem, x_smem, dy_smem = self.refs["x"], self.refs["dy"], self.smem["x_smem"], self.smem["dy_smem"]
+    own_x, own_dy = launch.copies_of(loader)
 
     def segment(i, at, block, count):
       tile = self._tile(at)
-      x_starts = [[self._x_start(tile, u, k) for k in range(0, _ROWS, row)] for u in range(launch.x_units)]
-      entries = [(g, j) for g in range(launch.dy_groups) for j in range(launch.entries)]
+      x_starts = [self._x_start(tile, u, k * row) for u, k in own_x]
       minor = lambda e: self.refs["minor"][jnp.minimum(e, launch.capacity - 1)]
-      columns = {(g, j): minor(tile.begins[g] + j) * bo for g, j in entries}
+      columns = [minor(tile.begins[g] + j) * bo for g, j in own_dy]
 
       def step(s, count):
         slot = _rem(count, launch.stages)
-        full, rows = self.full.at[slot], pl.ds(s * launch.t.step, launch.t.step)
+        full, rows = self.full.at[slot], pl.ds(s * STEP, STEP)
         plgpu.barrier_wait(self.empty.at[slot])
-        for u, starts in enumerate(x_starts):
-          for k, start in enumerate(starts):
-            plgpu.copy_gmem_to_smem(x_gmem.at[rows, pl.ds(start, row)], x_smem.at[slot, u, k], full)
-        for g, j in entries:
+        for (u, k), start in zip(own_x, x_starts):
+          plgpu.copy_gmem_to_smem(x_gmem.at[rows, pl.ds(start, row)], x_smem.at[slot, u, k], full)
+        for (g, j), start in zip(own_dy, columns):
           # Absent columns are not loaded: what is multiplied in their place is not stored.
           @pl.when(j < tile.counts[g])
-          def _(g=g, j=j):
+          def _(g=g, j=j, start=start):
             for k in range(0, bo, row):
-              source = dy_gmem.at[rows, pl.ds(columns[g, j] + k, row)]
+              source = dy_gmem.at[rows, pl.ds(start + k, row)]
               plgpu.copy_gmem_to_smem(source, dy_smem.at[slot, g, (j * bo + k) // row], full)
 
           @pl.when(j >= tile.counts[g])
@@ -299,10 +300,7 @@ class Body:
 
     def segment(i, at, block, count):
       tile = self._tile(at)
-      begin, entries = tile.begins[0], tile.counts[0]
-      if launch.flat:
-        begin, entries = (jnp.where(self.warpgroup == 0, *pair) for pair in (tile.begins, tile.counts))
-      slots = self._slots(begin)
+      begin, entries = self._own(tile)
 
       def step(s, carry):
         count, accumulator = carry
@@ -316,19 +314,19 @@ class Body:
 
       zeros = plgpu.layout_cast(jnp.zeros((_ROWS, _COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
       count, accumulator = lax.fori_loop(at.first, at.last, step, (count, zeros))
-      accumulator = lax.fori_loop(1, at.earlier + 1, lambda back, a: self._receive(a, block - back), accumulator)
 
-      @mg.pl.when(at.ends)
+      @mg.pl.when(at.whole)
       def _finish():
-        self._store(i, accumulator, tile, slots, entries)
+        self._store(i, accumulator, tile, begin, entries)
 
-      @mg.pl.when(~at.ends)
+      @mg.pl.when(~at.whole)
       def _pass_on():
         self._send(accumulator, block)
 
       return count
 
     self._segments(segment)
+    self._meet()
     plgpu.wait_smem_to_gmem(0)
 
   def _multiply(self, accumulator, x_ref, dy_ref):
@@ -337,56 +335,107 @@ class Body:
       return self.product(accumulator, x_ref, dy_ref)
     a, b = x_ref[...].transpose(0, 2, 1), dy_ref[...].transpose(1, 0, 2)
     plgpu.commit_smem()  # these were ordinary loads, the copy engine writes next; the tensor cores need none
-    a, b = a.reshape(_ROWS, launch.t.step), b.reshape(launch.t.step, _COLUMNS)
+    a, b = a.reshape(_ROWS, STEP), b.reshape(STEP, _COLUMNS)
     return accumulator + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
-  def _mailbox(self, block):
-    return self.refs["sums"].at[block, self.warpgroup]
+  def _own(self, tile):
+    """First entry of this warpgroup, and how many it has."""
+    if not self.launch.flat:
+      return tile.begins[0], tile.counts[0]
+    return tuple(jnp.where(self.warpgroup == 0, *pair) for pair in (tile.begins, tile.counts))
 
   def _send(self, accumulator, block):
-    """To the block of threads that finishes the tile; one sends at most one segment."""
+    """Part of a tile, to where all blocks of a group find it."""
+    sums = self.refs["sums"].at[block, self.warpgroup]
     if self.launch.interpret is not None:
-      self._mailbox(block)[...] = accumulator.reshape(-1)
+      for chunk in range(_CHUNKS):
+        sums[chunk] = accumulator[:, chunk * _CHUNK : (chunk + 1) * _CHUNK].reshape(-1)
       return
-    device.send_sums(accumulator.shape)(accumulator, self._mailbox(block))
-    mg.plgpu.semaphore_signal(self.arrived.at[block * WARPGROUPS + self.warpgroup], memory_scope="gpu")
+    device.send_sums(accumulator.shape)(accumulator, sums)
+    first = lax.div(block, self.members) * self.members
 
-  def _receive(self, accumulator, block):
-    """Adds what a block has sent. The order is fixed, and so are the bits."""
-    if self.launch.interpret is not None:
-      return accumulator + self._mailbox(block)[...].reshape(accumulator.shape)
-    mg.plgpu.semaphore_wait(self.arrived.at[block * WARPGROUPS + self.warpgroup], memory_scope="gpu")
-    return device.add_sums(accumulator.shape)(accumulator, self._mailbox(block))
+    def tell(member, _):
+      signal = self.arrived.at[(first + member) * WARPGROUPS + self.warpgroup]
+      mg.plgpu.semaphore_signal(signal, memory_scope="gpu")
 
-  def _slots(self, begin):
-    """For every entry of this warpgroup and every block row in it, the slot of the block; the capacity: absent."""
-    launch, slots = self.launch, self.refs["slots"]
+    lax.fori_loop(0, self.members, tell, None)
+
+  def _meet(self):
+    """Each block of a group adds up some columns of the tile that they share, in a fixed order, and stores them."""
+
+    def of_block(block, _):
+      group = lax.div(block, self.members)
+
+      @mg.pl.when((self.members > 1) & (group < self.rest))
+      def _():
+        if self.launch.interpret is None:
+          ready = self.arrived.at[block * WARPGROUPS + self.warpgroup]
+          mg.plgpu.semaphore_wait(ready, self.members, memory_scope="gpu")
+        self._add_up(group, block - group * self.members)
+
+    self._blocks(of_block, None)
+
+  def _add_up(self, group, member):
+    launch, plgpu, sums = self.launch, mg.plgpu, self.refs["sums"]
+    tile = self._tile(Segment(self.rounds * launch.threads + group, 0, 0, False))
+    begin, entries = self._own(tile)
+    receive = device.receive_sums((_ROWS, _CHUNK)) if launch.interpret is None else lambda a: a[...].reshape(_ROWS, _CHUNK)
+
+    first, last = (lax.div(_CHUNKS * p, self.members) for p in (member, member + 1))
+
+    def chunk(c, _):
+      def add(q, total):
+        return total + receive(sums.at[group * self.members + q, self.warpgroup, c])
+
+      zeros = jnp.zeros((_ROWS, _CHUNK), jnp.float32)
+      if launch.interpret is None:
+        zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+      total = lax.fori_loop(0, self.members, add, zeros)
+      slots = self._slots(begin + _div(c * _CHUNK, launch.bo))
+      width = launch.out_columns
+      for i in range(_CHUNK // width):
+        turn = (c - first) * (_CHUNK // width) + i
+        part = total[:, i * width : (i + 1) * width]
+        self._store_columns(turn, part, c * _CHUNK + i * width, tile, slots, entries)
+
+    lax.fori_loop(first, last, chunk, None)
+
+  def _slots(self, entry):
+    """For every block row of this warpgroup in an entry of a list, the slot of the block; the capacity: absent."""
+    launch = self.launch
     rows = _ROWS // launch.out_piece
     place = self.warpgroup * rows if launch.shared > rows else 0
-    entry = lambda j: jnp.minimum(begin + j, launch.capacity - 1) * launch.shared
-    return [[slots[entry(j) + place + r] for r in range(rows)] for j in range(launch.entries)]
+    first = jnp.minimum(entry, launch.capacity - 1) * launch.shared + place
+    return [self.refs["slots"][first + r] for r in range(rows)]
 
-  def _store(self, i, accumulator, tile, slots, entries):
-    launch, plgpu, pl, out_smem = self.launch, mg.plgpu, mg.pl, self.smem["out_smem"]
-    width, piece = launch.out_columns, launch.out_piece
+  def _store(self, i, accumulator, tile, begin, entries):
+    launch = self.launch
+    width, chunks = launch.out_columns, _COLUMNS // launch.out_columns
+    slots = [self._slots(begin + j) for j in range(launch.entries)]  # at once: each would wait for memory
+    for chunk in range(chunks):
+      column = chunk * width
+      sums = accumulator[:, column : column + width]
+      self._store_columns(i * chunks + chunk, sums, column, tile, slots[column // launch.bo], entries)
+
+  def _store_columns(self, turn, sums, column, tile, slots, entries):
+    """Some columns of a tile to the blocks that are there; `turn` counts the stores of this warpgroup."""
+    launch, plgpu, pl = self.launch, mg.plgpu, mg.pl
+    piece = launch.out_piece
     first_row = 0 if launch.shared > 1 else tile.sub * launch.height
     if launch.shared == 1 and not launch.flat:
       first_row += self.warpgroup * _ROWS
-    chunks = _COLUMNS // width
-    for chunk in range(chunks):
-      column = chunk * width
-      staged = out_smem.at[self.warpgroup, _rem(i * chunks + chunk, launch.epilogue_slots)]
-      self._wait_for_staging()
-      staged[...] = accumulator[:, column : column + width].astype(launch.out_dtype)
-      plgpu.commit_smem()
-      for r, own in enumerate(slots[column // launch.bo]):
+    staged = self.smem["out_smem"].at[self.warpgroup, _rem(turn, launch.epilogue_slots)]
+    self._wait_for_staging()
+    staged[...] = sums.astype(launch.out_dtype)
+    plgpu.commit_smem()
+    for r, own in enumerate(slots):
 
-        @pl.when((column // launch.bo < entries) & (own < launch.capacity))
-        def _(r=r, own=own):
-          target = self.refs["out"].at[own, pl.ds(first_row, piece), pl.ds(column % launch.bo, width)]
-          plgpu.copy_smem_to_gmem(staged.at[pl.ds(r * piece, piece)], target, commit_group=False)
+      @pl.when((column // launch.bo < entries) & (own < launch.capacity))
+      def _(r=r, own=own):
+        target = self.refs["out"].at[own, pl.ds(first_row, piece), pl.ds(column % launch.bo, launch.out_columns)]
+        plgpu.copy_smem_to_gmem(staged.at[pl.ds(r * piece, piece)], target, commit_group=False)
 
-      plgpu.commit_smem_to_gmem_group()
+    plgpu.commit_smem_to_gmem_group()
 
   def _wait_for_staging(self):
     # The interpreter knows no empty groups of stores, which are what a block that is absent leaves.
@@ -431,5 +480,5 @@ def _product(launch):
 
 
 def mailboxes(launch: Launch) -> jax.ShapeDtypeStruct:
-  """Where blocks of threads put parts of tiles that others finish."""
-  return jax.ShapeDtypeStruct((launch.threads, WARPGROUPS, _ROWS * _COLUMNS), jnp.float32)
+  """Where blocks of threads put their parts of tiles."""
+  return jax.ShapeDtypeStruct((launch.threads, WARPGROUPS, _CHUNKS, _ROWS * _CHUNK), jnp.float32)
