@@ -52,7 +52,7 @@ else:  # kernel modules can then still be imported, to be asked why they cannot 
 
 
 def split_roles(warpgroup, multiplying: int, load, multiply, registers: tuple[int, int] | None) -> None:
-  """In a kernel body: the first `multiplying` warpgroups run `multiply()`, those after them `load()`.
+  """In a kernel body: the last warpgroup runs `load()`, the `multiplying` ones before it `multiply()`.
 
   Args:
     warpgroup: index of this one.
@@ -61,7 +61,7 @@ def split_roles(warpgroup, multiplying: int, load, multiply, registers: tuple[in
     registers: of a loading and of a multiplying thread; None leaves them as they are (in the interpreter).
   """
 
-  @pl.when(warpgroup >= multiplying)
+  @pl.when(warpgroup == multiplying)
   def _load():
     if registers is not None:
       plgpu.set_max_registers(registers[0], action="decrease")
@@ -381,3 +381,97 @@ def halves_of_rows(ref, halves, depth: int, dtype, *, transposed: bool, swizzle:
   return _fragments.FragmentedArray(
     _registers=registers.reshape(layout.registers_shape((64, depth))), _layout=layout, _is_signed=None
   )
+
+
+# -- Barriers and copies by hand: one thread signals, where those of Pallas let every thread do so -----------------------
+
+
+def word(scalar):
+  """The i32 of a scalar that Pallas hands to device code."""
+  return scalar.registers.item()
+
+
+def splat(value):
+  """An i32 as a scalar for Pallas."""
+  return _fragments.FragmentedArray.splat(value, (), is_signed=True)
+
+
+def word_address(ref, index, num_bytes: int):
+  """Shared-memory address of element `index` of `num_bytes`, i32."""
+  return arith.addi(shared_address(ref), arith.muli(index, const32(num_bytes)))
+
+
+def init_barriers(groups):
+  """Sets barriers up and waits until all threads of the block know; for all threads.
+
+  Args:
+    groups: (int32 ref with two words a barrier, how many, arrivals of a phase).
+  """
+  first = _utils.single_thread_predicate(_utils.ThreadSubset.BLOCK)
+  i64 = ir.IntegerType.get_signless(64)
+  for ref, number, arrivals in groups:
+    for i in range(number):
+      place = _utils.getelementptr(_utils.memref_ptr(ref), [i], i64)
+      nvvm.mbarrier_init(place, const32(arrivals), predicate=first)
+  inline_ptx("fence.mbarrier_init.release.cluster;", [], "")
+  inline_ptx("bar.sync 0;", [], "")
+
+
+def barrier(ref, index):
+  """Barrier `index` of those set up in `ref`, for `expect_bytes` and `load_slab`."""
+  return _utils.BarrierRef(_utils.memref_ptr(ref), index, None, 1)
+
+
+def wait_barrier(address, parity):
+  """Waits until the phase of this parity of the barrier at an address in shared memory is over."""
+  ptx = "again: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again;"
+  inline_ptx("{ .reg .pred p; " + ptx + " }", [address, parity], "r,r")
+
+
+def arrive_warps(address):
+  """One thread of every warp arrives at the barrier when all of the warp have come here.
+
+  What it may signal is that shared memory was read, not that anything was written.
+  """
+  lane = arith.andi(thread_index(), const32(31))
+  ptx = "{ .reg .pred p; bar.warp.sync -1; setp.eq.u32 p, $1, 0; @p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]; }"
+  inline_ptx(ptx, [address, lane], "r,r")
+
+
+def expect_bytes(barrier, num_bytes, predicate):
+  """One thread arrives; the phase ends when so many bytes have come."""
+  nvvm.mbarrier_arrive_expect_tx(barrier.get_ptr(), num_bytes, predicate=predicate, scope=nvvm.MemScopeKind.CTA)
+
+
+def load_slab(ctx, source, rows, columns, target, slab, barrier, swizzle: int):
+  """Begins to copy a window of device memory, filled with zeros outside of `source`; for one thread.
+
+  Args:
+    ctx: first argument of an `inline_mgpu` function.
+    source: a matrix, operand of the kernel.
+    rows, columns: (first, how many) of the window; i32.
+    target: a stack of slabs, on two axes, in shared memory.
+    slab: which one.
+    barrier: see `barrier`; it gets the bytes.
+    swizzle: bytes of a row of a slab: 128, 64 or 32.
+  """
+  index = lambda i: arith.index_cast(ir.IndexType.get(), i)
+  ctx.async_copy(
+    src_ref=source,
+    dst_ref=_utils.memref_slice(_utils.memref_fold(target, 0, 2), index(slab)),
+    gmem_slice=tuple(_utils.ds(index(first), size) for first, size in (rows, columns)),
+    barrier=barrier,
+    swizzle=swizzle,
+    arrive=False,
+    predicate=None,
+  )
+
+
+def elected():
+  """One thread of the warp, i1."""
+  return nvvm.elect_sync()
+
+
+def when(condition):
+  """`with when(condition):` runs what is emitted inside where an i1 is true."""
+  return _utils.when(condition)

@@ -1,10 +1,11 @@
 """What the warpgroups of the sampled product do: load, multiply, add up what was cut, store (`_hopper` says why).
 
-Two warpgroups run `Body.load`, two others `Body.multiply`; both walk the same segments of tiles and hand slots of a ring
+One warpgroup runs `Body.load`, the others `Body.multiply`; both walk the same segments of tiles and hand slots of a ring
 in shared memory to each other.
 """
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,11 @@ from jax import lax
 
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _plan
-from jaxsparse.ops.nm_matmul import _hopper_device as device
+from jaxsparse.ops.nm_matmul import _hopper_device as sums_device
+from jaxsparse.ops.sampled_matmul import _hopper_device as device
 from jaxsparse.ops.sampled_matmul import tuning as tunings
 
 WARPGROUPS = 2  # that multiply
-LOADERS = 2  # warpgroups that load
 STEP = 64  # rows of x and dy to a pipeline step
 _ROWS = _plan.UNIT  # of w for one wgmma, and so for each warpgroup
 _COLUMNS = _plan.SAMPLED_COLUMNS  # of a warpgroup
@@ -123,11 +124,15 @@ class Launch:
     most = min(_MOST_PARTS, self.steps, self.threads)
     return [n for n in range(2, most + 1) if (self.steps - self.steps / n) * STEP > self.t.meeting]
 
-  def copies_of(self, loader: int):
-    """The copies of x, as (unit, slab), and of entries of dy, as (group, entry), that a loading warpgroup issues."""
-    x = [(u, k) for u in range(self.x_units) for k in range(_ROWS // self.row)]
-    dy = [(g, j) for j in range(self.entries) for g in range(self.dy_groups)]
-    return x[loader::LOADERS], dy[loader::LOADERS]
+  @property
+  def x_slabs(self) -> int:
+    """Slabs of shared memory, 64 rows of x by `row` of its columns each, of a unit."""
+    return _ROWS // self.row
+
+  @property
+  def dy_slabs(self) -> int:
+    """Likewise, of a group of dy's columns."""
+    return _COLUMNS // self.row
 
   @property
   def row_transforms(self):
@@ -140,16 +145,20 @@ class Launch:
 
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers of a block."""
-    plgpu, row, stages = mg.plgpu, self.row, self.stages
-    slabs = _COLUMNS // row
-    copies = self.x_units * (_ROWS // row) + self.dy_groups * slabs
-    transforms, out_shape = self.row_transforms, (WARPGROUPS, self.epilogue_slots, _ROWS, self.out_columns)
+    plgpu, row, stages, transforms = mg.plgpu, self.row, self.stages, self.row_transforms
+    out_shape = (WARPGROUPS, self.epilogue_slots, _ROWS, self.out_columns)
+    if self.interpret is None:
+      full = empty = plgpu.SMEM((2 * stages,), jnp.int32)
+    else:
+      copies = self.x_units * self.x_slabs + self.dy_groups * self.dy_slabs
+      full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+      empty = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     return dict(
-      x_smem=plgpu.SMEM((stages, self.x_units, _ROWS // row, STEP, row), self.dtype, transforms=transforms),
-      dy_smem=plgpu.SMEM((stages, self.dy_groups, slabs, STEP, row), self.dtype, transforms=transforms),
+      x_smem=plgpu.SMEM((stages, self.x_units, self.x_slabs, STEP, row), self.dtype, transforms=transforms),
+      dy_smem=plgpu.SMEM((stages, self.dy_groups, self.dy_slabs, STEP, row), self.dtype, transforms=transforms),
       out_smem=plgpu.SMEM(out_shape, self.out_dtype, transforms=self.out_transforms),
-      full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-      empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+      full=full,
+      empty=empty,
     )
 
 
@@ -194,7 +203,6 @@ class Body:
 
   def __init__(self, launch: Launch, refs: dict[str, Any], scratch: dict[str, Any]):
     self.launch, self.refs, self.smem = launch, refs, scratch
-    self.full, self.empty = scratch["full"], scratch["empty"]
     self.warpgroup, self.block = lax.axis_index("warpgroup"), lax.axis_index("block")
     tiles = refs["counts"][0] * launch.tiles_of_list
     self.rounds = _div(tiles, launch.threads)
@@ -206,6 +214,11 @@ class Body:
     if launch.interpret is None:
       self.arrived = mg.pl.get_global(mg.plgpu.SemaphoreType.REGULAR((launch.threads * WARPGROUPS,)))
       self.product = _product(launch)
+      self.wait, self.arrive = device.wait(), device.arrive()
+      device.begin(launch.stages, WARPGROUPS)(scratch["full"], scratch["empty"])
+    else:
+      self.wait = lambda barrier, slot, parity: mg.plgpu.barrier_wait(barrier.at[slot])
+      self.arrive = lambda barrier, slot: mg.plgpu.barrier_arrive(barrier.at[slot])
 
   def _blocks(self, body, carry):
     """`body(block, carry) -> carry` for this block of threads; the interpreter knows no semaphores: one plays them all."""
@@ -251,37 +264,73 @@ class Body:
     at = unit * _ROWS + column
     return units[tile.which * 2 + at // width] * width + at % width
 
-  def load(self, loader: int):
-    """What one of the loading warpgroups does: issuing copies takes time, so they share them."""
-    launch, plgpu, pl = self.launch, mg.plgpu, mg.pl
-    row, bo = launch.row, launch.bo
-    x_gmem, dy_gmem, x_smem, dy_smem = self.refs["x"], self.refs["dy"], self.smem["x_smem"], self.smem["dy_smem"]
-    own_x, own_dy = launch.copies_of(loader)
+  def load(self):
+    if self.launch.interpret is None:
+      self._load()
+    else:
+      self._load_interpreted()
+
+  def _load(self):
+    """Each warp has a slab of x, or none, and every fourth slab of dy."""
+    launch, refs, ring = self.launch, self.refs, self.smem
+    row, bo, warp = launch.row, launch.bo, device.warp_of_warpgroup()
+    x_slabs, dy_slabs = launch.x_units * launch.x_slabs, launch.dy_groups * launch.dy_slabs
+    load_step = device.load_step(launch, STEP)
 
     def segment(i, at, block, count):
       tile = self._tile(at)
-      x_starts = [self._x_start(tile, u, k * row) for u, k in own_x]
-      minor = lambda e: self.refs["minor"][jnp.minimum(e, launch.capacity - 1)]
-      columns = [minor(tile.begins[g] + j) * bo for g, j in own_dy]
+      x_slab = jnp.minimum(warp, x_slabs - 1)
+      x_column = self._x_start(tile, _div(x_slab, launch.x_slabs), _rem(x_slab, launch.x_slabs) * row)
+      x_column = jnp.where(warp < x_slabs, x_column, -1)
+      columns = [self._dy_start(tile, warp + j) for j in range(0, dy_slabs, device.WARPS)]
+      present = sum(tile.counts) * (bo // row)
+      num_bytes = (x_slabs + present) * (STEP * row * 2)
+
+      def step(s, count):
+        slot, turn = _rem(count, launch.stages), _div(count, launch.stages)
+        self.wait(ring["empty"], slot, (turn + 1) & 1)  # passes at once the first time round
+        rings = (ring["x_smem"].at[slot], ring["dy_smem"].at[slot], ring["full"])
+        load_step(refs["x"], refs["dy"], *rings, slot, s * STEP, num_bytes, warp, x_column, *columns)
+        return count + 1
+
+      return lax.fori_loop(at.first, at.last, step, count)
+
+    self._segments(segment)
+
+  def _dy_start(self, tile, slab):
+    """Column of dy at a slab, -1 where the list has none: what is multiplied in its place is not stored."""
+    launch = self.launch
+    group, column = _div(slab, launch.dy_slabs), _rem(slab, launch.dy_slabs) * launch.row
+    pick = lambda of: of[0] if len(of) == 1 else jnp.where(group == 0, *of)
+    begin, count, j = pick(tile.begins), pick(tile.counts), _div(column, launch.bo)
+    minor = self.refs["minor"][jnp.minimum(begin + j, launch.capacity - 1)]
+    return jnp.where(j < count, minor * launch.bo + _rem(column, launch.bo), -1)
+
+  def _load_interpreted(self):
+    launch, plgpu, pl = self.launch, mg.plgpu, mg.pl
+    x_gmem, dy_gmem, x_smem, dy_smem = self.refs["x"], self.refs["dy"], self.smem["x_smem"], self.smem["dy_smem"]
+
+    def segment(i, at, block, count):
+      tile = self._tile(at)
 
       def step(s, count):
         slot = _rem(count, launch.stages)
-        full, rows = self.full.at[slot], pl.ds(s * STEP, STEP)
-        plgpu.barrier_wait(self.empty.at[slot])
-        for (u, k), start in zip(own_x, x_starts):
-          plgpu.copy_gmem_to_smem(x_gmem.at[rows, pl.ds(start, row)], x_smem.at[slot, u, k], full)
-        for (g, j), start in zip(own_dy, columns):
-          # Absent columns are not loaded: what is multiplied in their place is not stored.
-          @pl.when(j < tile.counts[g])
-          def _(g=g, j=j, start=start):
-            for k in range(0, bo, row):
-              source = dy_gmem.at[rows, pl.ds(start + k, row)]
-              plgpu.copy_gmem_to_smem(source, dy_smem.at[slot, g, (j * bo + k) // row], full)
+        full, rows = self.smem["full"].at[slot], pl.ds(s * STEP, STEP)
+        plgpu.barrier_wait(self.smem["empty"].at[slot])
+        for u, k in itertools.product(range(launch.x_units), range(launch.x_slabs)):
+          source = x_gmem.at[rows, pl.ds(self._x_start(tile, u, k * launch.row), launch.row)]
+          plgpu.copy_gmem_to_smem(source, x_smem.at[slot, u, k], full)
+        for slab in range(launch.dy_groups * launch.dy_slabs):
+          start = self._dy_start(tile, jnp.int32(slab))
+          target = dy_smem.at[slot, slab // launch.dy_slabs, slab % launch.dy_slabs]
 
-          @pl.when(j >= tile.counts[g])
+          @pl.when(start >= 0)
+          def _(start=start, target=target):
+            plgpu.copy_gmem_to_smem(dy_gmem.at[rows, pl.ds(start, launch.row)], target, full)
+
+          @pl.when(start < 0)
           def _():
-            for _ in range(0, bo, row):
-              plgpu.barrier_arrive(full)
+            plgpu.barrier_arrive(full)
 
         return count + 1
 
@@ -289,12 +338,13 @@ class Body:
 
     self._segments(segment)
     for slot in range(launch.stages):  # nobody leaves while a barrier is still to be signalled
-      plgpu.barrier_wait(self.empty.at[slot])
+      plgpu.barrier_wait(self.smem["empty"].at[slot])
 
   def multiply(self):
     launch, plgpu = self.launch, mg.plgpu
-    for slot in range(launch.stages):  # every slot is free at first
-      plgpu.barrier_arrive(self.empty.at[slot])
+    if launch.interpret is not None:
+      for slot in range(launch.stages):  # every slot is free at first
+        plgpu.barrier_arrive(self.smem["empty"].at[slot])
     self._clear()
     x_unit, dy_group = (0, self.warpgroup) if launch.flat else (self.warpgroup, 0)
 
@@ -305,11 +355,11 @@ class Body:
       def step(s, carry):
         count, accumulator = carry
         slot = _rem(count, launch.stages)
-        plgpu.barrier_wait(self.full.at[slot])
+        self.wait(self.smem["full"], slot, _div(count, launch.stages) & 1)
         accumulator = self._multiply(
           accumulator, self.smem["x_smem"].at[slot, x_unit], self.smem["dy_smem"].at[slot, dy_group]
         )
-        plgpu.barrier_arrive(self.empty.at[slot])
+        self.arrive(self.smem["empty"], slot)
         return count + 1, accumulator
 
       zeros = plgpu.layout_cast(jnp.zeros((_ROWS, _COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
@@ -351,7 +401,7 @@ class Body:
       for chunk in range(_CHUNKS):
         sums[chunk] = accumulator[:, chunk * _CHUNK : (chunk + 1) * _CHUNK].reshape(-1)
       return
-    device.send_sums(accumulator.shape)(accumulator, sums)
+    sums_device.send_sums(accumulator.shape)(accumulator, sums)
     first = lax.div(block, self.members) * self.members
 
     def tell(member, _):
@@ -379,7 +429,7 @@ class Body:
     launch, plgpu, sums = self.launch, mg.plgpu, self.refs["sums"]
     tile = self._tile(Segment(self.rounds * launch.threads + group, 0, 0, False))
     begin, entries = self._own(tile)
-    receive = device.receive_sums((_ROWS, _CHUNK)) if launch.interpret is None else lambda a: a[...].reshape(_ROWS, _CHUNK)
+    receive = sums_device.receive_sums((_ROWS, _CHUNK)) if launch.interpret is None else lambda a: a[...].reshape(_ROWS, _CHUNK)
 
     first, last = (lax.div(_CHUNKS * p, self.members) for p in (member, member + 1))
 
