@@ -19,7 +19,8 @@ from jaxsparse.arrays import _block_array
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile, to each warpgroup
-_FLAT_BELOW = 0.3  # density; see `sampled_height`
+_FLAT_BELOW = {64: 0.2, 32: 0.3}  # density, by height of blocks; measured at 8192^3; see `sampled_height`
+_FLAT_STRIPES = 3  # stripes of flat tiles, relative to those of others; measured, at 1 to 6
 _HEAVY_LEVELS = 16
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
@@ -37,8 +38,8 @@ class Plan(NamedTuple):
     starts: `[lists + 1]`, of the lists in `minor`.
     order: `[lists]`, longest first.
     heavy: `[16]`, at j how many lists hold more than 2**-j of all entries.
-    units: `[2 * lists]`, where blocks are narrower than a tile: which part of the result, as wide as half a tile, each half
-      of a tile is. The last one may lie outside of the result.
+    units: `[2 * lists]`, where blocks are narrower than a tile: which 64 columns of the result each half of a tile is. The
+      last one may lie outside of the result.
   """
 
   minor: Any
@@ -53,7 +54,7 @@ class Sampled(NamedTuple):
   """Lists of block rows, cut in pieces of about equal length, one for each tile of the sampled product; int32 throughout.
 
   Attributes:
-    minor, slots, units: as in `Plan`; the units are as wide as a warpgroup's blocks.
+    minor, slots, units: as in `Plan`; flat tiles need no units, their block rows are neighbours.
     items: `[I, 3]`, of (list, first entry, one past the last), in an order in which neighbours share rows and columns.
     empty: `[N]`, first the slots without a block.
     counts: `[2]`, how many items and how many empty slots there are.
@@ -106,7 +107,7 @@ def sampled_height(bk: int, density: float) -> int:
   Two warpgroups that share columns of dy, or that share columns of x: at low density block rows have few columns in common,
   and what is loaded for one of them would be multiplied in vain for the others.
   """
-  return UNIT if bk <= UNIT and density < _FLAT_BELOW else TILE
+  return UNIT if density < _FLAT_BELOW.get(bk, 0) else TILE
 
 
 def sampled_entries(bo: int, height: int) -> int:
@@ -132,23 +133,32 @@ def _make(xp, rows, cols, grid, block_shape) -> Plans:
   live = cols < block_cols
   forward = _plan(xp, live, rows, block_rows, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
+  return Plans(forward, transposed, _sampled(xp, live, rows, cols, grid, block_shape, transposed))
+
+
+def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
+  (block_rows, block_cols), (bk, bo) = grid, block_shape
   height, lists = sampled_height(bk, rows.shape[0] / max(1, block_rows * block_cols)), transposed
+  wide = block_cols * bo / (block_rows * bk)
   if height < TILE:
-    lists = _plan(xp, live, cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk, height))
-  items, num_items = _items(xp, lists, block_cols, sampled_entries(bo, height))
-  empty = _scatter(xp, 0, live.size, xp.where(live, live.size, xp.cumsum(~live) - 1), xp.arange(live.size))
+    own, wide = height // bk, _FLAT_STRIPES**2 * wide
+    tiles = -(-block_rows // own), own, xp.arange(1), rows // own, rows % own
+    lists = _plan(xp, live, cols, block_cols, *tiles)
+  items, num_items = _items(xp, lists, block_cols, sampled_entries(bo, height), wide)
+  size = live.shape[0]
+  empty = _scatter(xp, 0, size, xp.where(live, size, xp.cumsum(~live) - 1), xp.arange(size))
   counts = xp.stack([num_items, (~live).sum()]).astype(np.int32)
-  return Plans(forward, transposed, Sampled(lists.minor, lists.slots, lists.units, items, empty, counts))
+  return Sampled(lists.minor, lists.slots, lists.units, items, empty, counts)
 
 
-def _tiles(xp, live, major, majors, minor, minors, size, tile=TILE):
-  """(lists, S, units, list of every block, place of every block in its list) of tiles of `tile`.
+def _tiles(xp, live, major, majors, minor, minors, size):
+  """(lists, S, units, list of every block, place of every block in its list) of tiles of `TILE`.
 
-  Two units of half of it each are put together so that they share rows.
+  Units of 64 are put together so that they share rows.
   """
-  if size >= tile:
+  if size >= TILE:
     return majors, 1, xp.arange(2 * majors), major, xp.zeros_like(major)
-  own = max(1, tile // 2 // size)
+  own = max(1, UNIT // size)
   units = -(-majors // own)
   unit = xp.where(live, major // own, units)
   used = _scatter(xp, 0, units * minors, xp.where(live, unit * minors + minor, units * minors), xp.ones_like(minor))
@@ -226,8 +236,11 @@ def _plan(xp, live, minor, minors, lists, shared, units, list_of, place) -> Plan
   )
 
 
-def _items(xp, plan, minors, piece):
-  """Lists in pieces of at most `piece` entries, as (list, first entry, one past the last), and how many there are."""
+def _items(xp, plan, minors, piece, wide):
+  """Lists in pieces of at most `piece` entries, as (list, first entry, one past the last), and how many there are.
+
+  `wide` is how many columns dy has for one of x.
+  """
   starts, minors_of = plan.starts, plan.minor
   counts = starts[1:] - starts[:-1]
   lists, capacity = counts.shape[0], minors_of.shape[0]
@@ -239,7 +252,7 @@ def _items(xp, plan, minors, piece):
   j, count, parts = item - (ends - pieces)[of], counts[of], xp.maximum(pieces[of], 1)
   begin, end = (starts[:-1][of] + count * i // parts for i in (j, j + 1))
   # What runs at a time shall need about as many columns of dy as of x: take the items in stripes of columns.
-  stripes = xp.maximum(1, xp.round((ends[-1] / _SMS) ** 0.5)).astype(np.int32)
+  stripes = xp.maximum(1, xp.round((ends[-1] * (wide / _SMS)) ** 0.5)).astype(np.int32)
   stripe = minors_of[xp.minimum(begin, capacity - 1)] * stripes // minors
   order = xp.argsort(xp.where(item < ends[-1], stripe * lists + of, np.iinfo(np.int32).max), stable=True)
   return xp.stack([of, begin, end], 1)[order].astype(np.int32), ends[-1]

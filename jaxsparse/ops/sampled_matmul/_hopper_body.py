@@ -5,6 +5,7 @@ in shared memory to each other.
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -14,11 +15,11 @@ from jax import lax
 
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _plan
-from jaxsparse.ops.nm_matmul import _hopper_device as sums_device
-from jaxsparse.ops.sampled_matmul import _hopper_device as device
+from jaxsparse.ops.nm_matmul import _hopper_device as device
 from jaxsparse.ops.sampled_matmul import tuning as tunings
 
 WARPGROUPS = 2  # that multiply
+_LOADERS = 4  # warps of the loading warpgroup
 STEP = 64  # rows of x and dy to a pipeline step
 _ROWS = _plan.UNIT  # of w for one wgmma, and so for each warpgroup
 _COLUMNS = _plan.SAMPLED_COLUMNS  # of a warpgroup
@@ -147,18 +148,13 @@ class Launch:
     """Shared memory and barriers of a block."""
     plgpu, row, stages, transforms = mg.plgpu, self.row, self.stages, self.row_transforms
     out_shape = (WARPGROUPS, self.epilogue_slots, _ROWS, self.out_columns)
-    if self.interpret is None:
-      full = empty = plgpu.SMEM((2 * stages,), jnp.int32)
-    else:
-      copies = self.x_units * self.x_slabs + self.dy_groups * self.dy_slabs
-      full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
-      empty = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    copies = self.x_units * self.x_slabs + self.dy_groups * self.dy_slabs
     return dict(
       x_smem=plgpu.SMEM((stages, self.x_units, self.x_slabs, STEP, row), self.dtype, transforms=transforms),
       dy_smem=plgpu.SMEM((stages, self.dy_groups, self.dy_slabs, STEP, row), self.dtype, transforms=transforms),
       out_smem=plgpu.SMEM(out_shape, self.out_dtype, transforms=self.out_transforms),
-      full=full,
-      empty=empty,
+      full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+      empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     )
 
 
@@ -203,6 +199,7 @@ class Body:
 
   def __init__(self, launch: Launch, refs: dict[str, Any], scratch: dict[str, Any]):
     self.launch, self.refs, self.smem = launch, refs, scratch
+    self.full, self.empty = scratch["full"], scratch["empty"]
     self.warpgroup, self.block = lax.axis_index("warpgroup"), lax.axis_index("block")
     tiles = refs["counts"][0] * launch.tiles_of_list
     self.rounds = _div(tiles, launch.threads)
@@ -214,11 +211,6 @@ class Body:
     if launch.interpret is None:
       self.arrived = mg.pl.get_global(mg.plgpu.SemaphoreType.REGULAR((launch.threads * WARPGROUPS,)))
       self.product = _product(launch)
-      self.wait, self.arrive = device.wait(), device.arrive()
-      device.begin(launch.stages, WARPGROUPS)(scratch["full"], scratch["empty"])
-    else:
-      self.wait = lambda barrier, slot, parity: mg.plgpu.barrier_wait(barrier.at[slot])
-      self.arrive = lambda barrier, slot: mg.plgpu.barrier_arrive(barrier.at[slot])
 
   def _blocks(self, body, carry):
     """`body(block, carry) -> carry` for this block of threads; the interpreter knows no semaphores: one plays them all."""
@@ -255,75 +247,43 @@ class Body:
       begins, counts = [begin, begin + half], [half, end - begin - half]
     return Tile(which, _rem(segment.tile, launch.tiles_of_list), begins, counts)
 
-  def _x_start(self, tile, unit, column):
+  def _x_start(self, tile, unit: int, column: int):
     """Column of x at a column of a unit."""
-    launch, units = self.launch, self.refs["units"]
-    if launch.shared == 1:
-      return tile.which * launch.bk + tile.sub * launch.height + unit * _ROWS + column
-    width = launch.height // 2
-    at = unit * _ROWS + column
-    return units[tile.which * 2 + at // width] * width + at % width
+    launch = self.launch
+    if launch.shared > 1 and not launch.flat:
+      return self.refs["units"][tile.which * WARPGROUPS + unit] * _ROWS + column
+    return tile.which * max(launch.bk, launch.height) + tile.sub * launch.height + unit * _ROWS + column
 
   def load(self):
-    if self.launch.interpret is None:
-      self._load()
-    else:
-      self._load_interpreted()
+    # Copies of 32 columns are many: all warps issue some.
+    @mg.pl.core_map(mg.plgpu.WarpMesh(axis_name="warp"))
+    def _():
+      warp = lax.axis_index("warp")
+      for loader in range(_LOADERS):
+        mg.pl.when(warp == loader)(functools.partial(self._load, loader))
 
-  def _load(self):
-    """Each warp has a slab of x, or none, and every fourth slab of dy."""
-    launch, refs, ring = self.launch, self.refs, self.smem
-    row, bo, warp = launch.row, launch.bo, device.warp_of_warpgroup()
-    x_slabs, dy_slabs = launch.x_units * launch.x_slabs, launch.dy_groups * launch.dy_slabs
-    load_step = device.load_step(launch, STEP)
-
-    def segment(i, at, block, count):
-      tile = self._tile(at)
-      x_slab = jnp.minimum(warp, x_slabs - 1)
-      x_column = self._x_start(tile, _div(x_slab, launch.x_slabs), _rem(x_slab, launch.x_slabs) * row)
-      x_column = jnp.where(warp < x_slabs, x_column, -1)
-      columns = [self._dy_start(tile, warp + j) for j in range(0, dy_slabs, device.WARPS)]
-      present = sum(tile.counts) * (bo // row)
-      num_bytes = (x_slabs + present) * (STEP * row * 2)
-
-      def step(s, count):
-        slot, turn = _rem(count, launch.stages), _div(count, launch.stages)
-        self.wait(ring["empty"], slot, (turn + 1) & 1)  # passes at once the first time round
-        rings = (ring["x_smem"].at[slot], ring["dy_smem"].at[slot], ring["full"])
-        load_step(refs["x"], refs["dy"], *rings, slot, s * STEP, num_bytes, warp, x_column, *columns)
-        return count + 1
-
-      return lax.fori_loop(at.first, at.last, step, count)
-
-    self._segments(segment)
-
-  def _dy_start(self, tile, slab):
-    """Column of dy at a slab, -1 where the list has none: what is multiplied in its place is not stored."""
-    launch = self.launch
-    group, column = _div(slab, launch.dy_slabs), _rem(slab, launch.dy_slabs) * launch.row
-    pick = lambda of: of[0] if len(of) == 1 else jnp.where(group == 0, *of)
-    begin, count, j = pick(tile.begins), pick(tile.counts), _div(column, launch.bo)
-    minor = self.refs["minor"][jnp.minimum(begin + j, launch.capacity - 1)]
-    return jnp.where(j < count, minor * launch.bo + _rem(column, launch.bo), -1)
-
-  def _load_interpreted(self):
+  def _load(self, loader: int):
+    """What one warp does: every fourth slab of x and of dy is its own."""
     launch, plgpu, pl = self.launch, mg.plgpu, mg.pl
     x_gmem, dy_gmem, x_smem, dy_smem = self.refs["x"], self.refs["dy"], self.smem["x_smem"], self.smem["dy_smem"]
+    x_own = list(itertools.product(range(launch.x_units), range(launch.x_slabs)))[loader::_LOADERS]
+    dy_own = list(range(launch.dy_groups * launch.dy_slabs))[loader::_LOADERS]
 
     def segment(i, at, block, count):
       tile = self._tile(at)
+      x_starts = [self._x_start(tile, u, k * launch.row) for u, k in x_own]
+      dy_starts = [self._dy_start(tile, slab) for slab in dy_own]
 
       def step(s, count):
         slot = _rem(count, launch.stages)
-        full, rows = self.smem["full"].at[slot], pl.ds(s * STEP, STEP)
-        plgpu.barrier_wait(self.smem["empty"].at[slot])
-        for u, k in itertools.product(range(launch.x_units), range(launch.x_slabs)):
-          source = x_gmem.at[rows, pl.ds(self._x_start(tile, u, k * launch.row), launch.row)]
-          plgpu.copy_gmem_to_smem(source, x_smem.at[slot, u, k], full)
-        for slab in range(launch.dy_groups * launch.dy_slabs):
-          start = self._dy_start(tile, jnp.int32(slab))
+        full, rows = self.full.at[slot], pl.ds(s * STEP, STEP)
+        plgpu.barrier_wait(self.empty.at[slot])
+        for (u, k), start in zip(x_own, x_starts):
+          plgpu.copy_gmem_to_smem(x_gmem.at[rows, pl.ds(start, launch.row)], x_smem.at[slot, u, k], full)
+        for slab, start in zip(dy_own, dy_starts):
           target = dy_smem.at[slot, slab // launch.dy_slabs, slab % launch.dy_slabs]
 
+          # What is multiplied in place of absent columns is not stored.
           @pl.when(start >= 0)
           def _(start=start, target=target):
             plgpu.copy_gmem_to_smem(dy_gmem.at[rows, pl.ds(start, launch.row)], target, full)
@@ -338,13 +298,20 @@ class Body:
 
     self._segments(segment)
     for slot in range(launch.stages):  # nobody leaves while a barrier is still to be signalled
-      plgpu.barrier_wait(self.smem["empty"].at[slot])
+      plgpu.barrier_wait(self.empty.at[slot])
+
+  def _dy_start(self, tile, slab: int):
+    """Column of dy at a slab; -1 where the list has none."""
+    launch = self.launch
+    group, column = divmod(slab * launch.row, _COLUMNS)
+    entry, inside = divmod(column, launch.bo)
+    minor = self.refs["minor"][jnp.minimum(tile.begins[group] + entry, launch.capacity - 1)]
+    return jnp.where(entry < tile.counts[group], minor * launch.bo + inside, -1)
 
   def multiply(self):
     launch, plgpu = self.launch, mg.plgpu
-    if launch.interpret is not None:
-      for slot in range(launch.stages):  # every slot is free at first
-        plgpu.barrier_arrive(self.smem["empty"].at[slot])
+    for slot in range(launch.stages):  # every slot is free at first
+      plgpu.barrier_arrive(self.empty.at[slot])
     self._clear()
     x_unit, dy_group = (0, self.warpgroup) if launch.flat else (self.warpgroup, 0)
 
@@ -355,11 +322,11 @@ class Body:
       def step(s, carry):
         count, accumulator = carry
         slot = _rem(count, launch.stages)
-        self.wait(self.smem["full"], slot, _div(count, launch.stages) & 1)
+        plgpu.barrier_wait(self.full.at[slot])
         accumulator = self._multiply(
           accumulator, self.smem["x_smem"].at[slot, x_unit], self.smem["dy_smem"].at[slot, dy_group]
         )
-        self.arrive(self.smem["empty"], slot)
+        plgpu.barrier_arrive(self.empty.at[slot])
         return count + 1, accumulator
 
       zeros = plgpu.layout_cast(jnp.zeros((_ROWS, _COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
@@ -401,7 +368,7 @@ class Body:
       for chunk in range(_CHUNKS):
         sums[chunk] = accumulator[:, chunk * _CHUNK : (chunk + 1) * _CHUNK].reshape(-1)
       return
-    sums_device.send_sums(accumulator.shape)(accumulator, sums)
+    device.send_sums(accumulator.shape)(accumulator, sums)
     first = lax.div(block, self.members) * self.members
 
     def tell(member, _):
@@ -429,7 +396,9 @@ class Body:
     launch, plgpu, sums = self.launch, mg.plgpu, self.refs["sums"]
     tile = self._tile(Segment(self.rounds * launch.threads + group, 0, 0, False))
     begin, entries = self._own(tile)
-    receive = sums_device.receive_sums((_ROWS, _CHUNK)) if launch.interpret is None else lambda a: a[...].reshape(_ROWS, _CHUNK)
+    receive = (
+      device.receive_sums((_ROWS, _CHUNK)) if launch.interpret is None else lambda a: a[...].reshape(_ROWS, _CHUNK)
+    )
 
     first, last = (lax.div(_CHUNKS * p, self.members) for p in (member, member + 1))
 
