@@ -1,6 +1,7 @@
 """The block-sparse kernels: interpreted on a CPU with race detection, and compiled to machine code of an H100."""
 
 import dataclasses
+import math
 
 import ahead_of_time
 from block_cases import all_products64
@@ -14,6 +15,7 @@ import pytest
 
 import jaxsparse as js
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import tuning
 from jaxsparse.ops.sampled_matmul import tuning as sampled_tuning
 
@@ -80,19 +82,50 @@ def test_kernel_interpreted(name, transposed):
   assert y.shape == want.shape and y.dtype == (out or x.dtype) and relative_error(y, want) < limit(y.dtype)
 
 
+# The interpreter plays three blocks of threads: so many tiles make a round, and those that are left are cut.
+SAMPLED_CASES = {
+  "128": KERNEL_CASES["128"],
+  "32, tall": KERNEL_CASES["32, split"],
+  "high": KERNEL_CASES["high"] | dict(meeting=math.inf),
+  "wide": KERNEL_CASES["wide"],
+  "all zero": KERNEL_CASES["all zero"],
+  "64, flat, empty row": dict(block=(64, 64), mask=np.arange(30).reshape(2, 15) > 26, batch=8),
+  "32, flat, ragged": dict(block=(32, 32), grid=(5, 20), density=0.2, batch=8),
+}
+
+
 @needs_pallas
-@pytest.mark.parametrize("name", ["128", "64, ragged tiles", "32, split", "high", "wide", "all zero", "empty row"])
+@pytest.mark.parametrize("name", SAMPLED_CASES)
 def test_sampled_kernel_interpreted(name):
   from jaxsparse.ops.sampled_matmul import _hopper
 
-  x, w, dy = kernel_case(KERNEL_CASES[name], True)
-  split = KERNEL_CASES[name]["tuning"].get("split_k", 1)
+  options = {"tuning": None, "meeting": 0.0} | SAMPLED_CASES[name]
+  tiles = sampled_tuning.Tuning(stages=2, meeting=options.pop("meeting"))
+  x, w, dy = kernel_case(options, True)
   x, dy = (jnp.concatenate([a] * (80 // a.shape[0])) for a in (x, dy))  # a second, ragged step
-  tiles = sampled_tuning.Tuning(stages=2, split_b=split)
   out = jnp.float32 if len(name) % 2 else None
   got = interpreted(_hopper.sampled_matmul_hopper, x, dy, w, tuning=tiles, out_dtype=out)
   want = all_products64(x, w, dy)[2]
   assert got.dtype == (out or x.dtype) and relative_error(got, want) < limit(got.dtype)
+
+
+def test_sampled_plan():
+  """Every kept block lies in one tile, whichever the height of tiles, and empty slots are listed."""
+  for block, density in ((128, 0.3), (64, 0.1), (64, 0.5), (32, 0.1), (32, 0.5)):
+    _, w, _ = case((block, block), (9, 40), density, 1, jnp.bfloat16, extra=3, static=True)
+    plan = _plan.plans_of(w).sampled
+    height = _plan.sampled_height(block, w.density)
+    shared, most = max(1, height // block), _plan.sampled_entries(block, height)
+    number, empty = np.asarray(plan.counts)
+    pieces = np.asarray(plan.items)[:number, 1:]
+    assert (pieces[:, 1] - pieces[:, 0] <= most).all() and (pieces[:, 1] > pieces[:, 0]).all()
+    entries = np.concatenate([np.arange(*piece) for piece in pieces])
+    slots = np.asarray(plan.slots).reshape(-1, shared)[entries]
+    kept = np.sort(slots[slots < w.capacity])
+    assert np.array_equal(kept, np.arange(w.count)) and len(set(entries)) == len(entries)
+    columns = np.where(slots < w.capacity, np.asarray(w.cols)[np.minimum(slots, w.capacity - 1)], -1).max(1)
+    assert np.array_equal(columns, np.asarray(plan.minor)[entries])
+    assert empty == 3 and np.array_equal(np.asarray(plan.empty)[:3], np.arange(w.count, w.capacity))
 
 
 def spec(k, o, block, count, dtype=jnp.bfloat16):
@@ -192,3 +225,5 @@ def test_tunings():
     tuning.Tuning(256, cluster=3)
   with pytest.raises(ValueError, match="stages in"):
     sampled_tuning.Tuning(stages=9)
+  with pytest.raises(ValueError, match="meeting of at least 0"):
+    sampled_tuning.Tuning(meeting=math.nan)

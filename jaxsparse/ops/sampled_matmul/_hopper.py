@@ -1,12 +1,15 @@
 """`x.T @ dy` at the kept blocks of a weight on Hopper's tensor cores.
 
-A tile holds 128 columns of x, 64 to each of two multiplying warpgroups, by 256 columns of dy, gathered from the block
-columns where blocks are kept. Block rows lower than 128 share a tile, in the lists of the transposed product: they walk
-over the union of their columns, so that columns of dy are loaded once for all of them; what is computed where blocks are
-absent is not stored. The sum runs over the rows of x and dy, 64 to a pipeline step.
+Two warpgroups multiply, each 64 columns of x by 256 columns of dy, gathered from the block columns where blocks are kept. At
+higher densities, and for blocks of 128, they share the columns of dy: a tile is 128 x 256, and block rows lower than
+128 walk over the union of their columns, in the lists of the transposed product. At low density such rows have few columns in
+common; then the tile is flat, 64 x 512: the warpgroups share x, and each has columns of its own. What is computed where
+blocks are absent is not stored, and absent columns are not loaded.
 
 A third warpgroup loads, blocks of threads persist; how many tiles there are is read from memory. They come in stripes of
-columns, so that what runs at a time needs as few columns of x and dy as possible.
+columns, so that what runs at a time needs as few columns of x and dy as possible, and all blocks walk down the rows
+side by side: what one loads from memory the others find in the L2 cache. The last tiles, too few for all blocks, are cut
+along the rows; the blocks of a group exchange their parts through memory, and each adds up some columns, in a fixed order.
 """
 
 import jax
@@ -17,6 +20,7 @@ from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _hopper as block_hopper
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.sampled_matmul import _hopper_body as body
+from jaxsparse.ops.sampled_matmul import _hopper_launch as launches
 from jaxsparse.ops.sampled_matmul import tuning as tunings
 
 _INTERPRETED_THREADS = 3  # blocks of threads that one plays
@@ -64,9 +68,9 @@ def sampled_matmul_hopper(x, dy, at: _block_array.BlockArray, *, out_dtype=None,
   return _build(launch)(x, dy, *(jnp.asarray(a) for a in lists))
 
 
-def _launch(x, at, tuning, out_dtype, interpret) -> body.Launch:
+def _launch(x, at, tuning, out_dtype, interpret) -> launches.Launch:
   bk, bo = at.block_shape
-  return body.Launch(
+  return launches.Launch(
     t=tuning,
     batch=x.shape[0],
     capacity=at.capacity,
@@ -89,15 +93,15 @@ def _build(launch):
     names = ("x", "dy", "minor", "slots", "units", "items", "empty", "counts", "out", "sums")
     parts = body.Body(launch, dict(zip(names, refs, strict=True)), scratch)
     registers = (_LOADER_REGISTERS, _COMPUTE_REGISTERS) if launch.interpret is None else None
-    mg.split_roles(parts.warpgroup, body.WARPGROUPS, parts.load, parts.multiply, registers)
+    mg.split_roles(parts.warpgroup, launches.WARPGROUPS, parts.load, parts.multiply, registers)
 
   out = jax.ShapeDtypeStruct((launch.capacity, launch.bk, launch.bo), launch.out_dtype)
   run = plgpu.kernel(
     kernel,
-    out_type=(out, body.mailboxes(launch)),
+    out_type=(out, launch.mailboxes()),
     grid=(launch.threads if launch.interpret is None else 1,),
     grid_names=("block",),
-    num_threads=body.WARPGROUPS + 1,
+    num_threads=launches.WARPGROUPS + 1,
     thread_name="warpgroup",
     compiler_params=mg.COMPILER_PARAMS,
     scratch_types=launch.scratch(),

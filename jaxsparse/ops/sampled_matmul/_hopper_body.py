@@ -4,28 +4,18 @@ One warpgroup runs `Body.load`, the others `Body.multiply`; both walk the same s
 in shared memory to each other.
 """
 
-import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse.ops import _mosaic_gpu as mg
-from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.nm_matmul import _hopper_device as device
-from jaxsparse.ops.sampled_matmul import tuning as tunings
+from jaxsparse.ops.sampled_matmul._hopper_launch import CHUNK, CHUNKS, COLUMNS, Launch, ROWS, STEP, WARPGROUPS
 
-WARPGROUPS = 2  # that multiply
 _LOADERS = 4  # warps of the loading warpgroup
-STEP = 64  # rows of x and dy to a pipeline step
-_ROWS = _plan.UNIT  # of w for one wgmma, and so for each warpgroup
-_COLUMNS = _plan.SAMPLED_COLUMNS  # of a warpgroup
-_MOST_PARTS = 8  # of a tile
-_CHUNK = 32  # columns that are added up at a time
-_CHUNKS = _COLUMNS // _CHUNK
 
 
 def _div(a, b):
@@ -34,128 +24,6 @@ def _div(a, b):
 
 def _rem(a, b):
   return lax.rem(a, jnp.int32(b))
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """Everything static about one launch.
-
-  Attributes:
-    t: how the product is cut.
-    batch: rows of x and dy.
-    capacity, bk, bo: of the blocks.
-    block_cols: of w.
-    height: of a tile: `_plan.TILE` or `_plan.UNIT`, half of which warpgroups share.
-    dtype, out_dtype: of x and dy, and of the result.
-    threads: blocks of threads that the tiles are dealt to.
-    interpret: an `Interpret`, or None.
-  """
-
-  t: tunings.Tuning
-  batch: int
-  capacity: int
-  bk: int
-  bo: int
-  block_cols: int
-  height: int
-  dtype: Any
-  out_dtype: Any
-  threads: int
-  interpret: Any
-
-  @property
-  def flat(self) -> bool:
-    """Whether the warpgroups share x, each with columns of its own; else they share the columns of dy."""
-    return self.height < _plan.TILE
-
-  @property
-  def shared(self) -> int:
-    """Block rows of a list."""
-    return max(1, self.height // self.bk)
-
-  @property
-  def tiles_of_list(self) -> int:
-    return max(1, self.bk // self.height)
-
-  @property
-  def entries(self) -> int:
-    """Of a list, that a warpgroup takes at most."""
-    return _COLUMNS // self.bo
-
-  @property
-  def steps(self) -> int:
-    return -(-self.batch // STEP)
-
-  @property
-  def row(self) -> int:
-    """Entries to a row of shared memory; equal for both operands."""
-    return 64 if self.bk % 64 == 0 and self.bo % 64 == 0 else 32
-
-  @property
-  def x_units(self) -> int:
-    return 1 if self.flat else WARPGROUPS
-
-  @property
-  def dy_groups(self) -> int:
-    return WARPGROUPS if self.flat else 1
-
-  @property
-  def out_columns(self) -> int:
-    """That are stored at a time."""
-    return 16 if self.flat and self.out_dtype.itemsize == 4 else 32
-
-  @property
-  def out_piece(self) -> int:
-    """Rows of a block in a warpgroup."""
-    return min(self.bk, _ROWS)
-
-  @property
-  def epilogue_slots(self) -> int:
-    """Stores in flight for each warpgroup; the ring of a flat tile leaves little room."""
-    return 1 if self.flat else 2
-
-  @property
-  def stages(self) -> int:
-    """Pipeline steps in shared memory."""
-    return self.t.stages or (3 if self.flat else 4)
-
-  @property
-  def parts(self) -> list[int]:
-    """Among how many blocks of threads a tile may be cut, where that saves more than meeting costs."""
-    most = min(_MOST_PARTS, self.steps, self.threads)
-    return [n for n in range(2, most + 1) if (self.steps - self.steps / n) * STEP > self.t.meeting]
-
-  @property
-  def x_slabs(self) -> int:
-    """Slabs of shared memory, 64 rows of x by `row` of its columns each, of a unit."""
-    return _ROWS // self.row
-
-  @property
-  def dy_slabs(self) -> int:
-    """Likewise, of a group of dy's columns."""
-    return _COLUMNS // self.row
-
-  @property
-  def row_transforms(self):
-    return (mg.plgpu.SwizzleTransform(2 * self.row),)
-
-  @property
-  def out_transforms(self):
-    width = self.out_columns
-    return mg.plgpu.TilingTransform((8, width)), mg.plgpu.SwizzleTransform(width * self.out_dtype.itemsize)
-
-  def scratch(self) -> dict[str, Any]:
-    """Shared memory and barriers of a block."""
-    plgpu, row, stages, transforms = mg.plgpu, self.row, self.stages, self.row_transforms
-    out_shape = (WARPGROUPS, self.epilogue_slots, _ROWS, self.out_columns)
-    copies = self.x_units * self.x_slabs + self.dy_groups * self.dy_slabs
-    return dict(
-      x_smem=plgpu.SMEM((stages, self.x_units, self.x_slabs, STEP, row), self.dtype, transforms=transforms),
-      dy_smem=plgpu.SMEM((stages, self.dy_groups, self.dy_slabs, STEP, row), self.dtype, transforms=transforms),
-      out_smem=plgpu.SMEM(out_shape, self.out_dtype, transforms=self.out_transforms),
-      full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-      empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-    )
 
 
 class Segment(NamedTuple):
@@ -251,14 +119,13 @@ class Body:
     """Column of x at a column of a unit."""
     launch = self.launch
     if launch.shared > 1 and not launch.flat:
-      return self.refs["units"][tile.which * WARPGROUPS + unit] * _ROWS + column
-    return tile.which * max(launch.bk, launch.height) + tile.sub * launch.height + unit * _ROWS + column
+      return self.refs["units"][tile.which * WARPGROUPS + unit] * ROWS + column
+    return tile.which * max(launch.bk, launch.height) + tile.sub * launch.height + unit * ROWS + column
 
   def load(self):
     # Copies of 32 columns are many: all warps issue some.
-    @mg.pl.core_map(mg.plgpu.WarpMesh(axis_name="warp"))
-    def _():
-      warp = lax.axis_index("warp")
+    @mg.plgpu.warp_map
+    def _(warp):
       for loader in range(_LOADERS):
         mg.pl.when(warp == loader)(functools.partial(self._load, loader))
 
@@ -303,7 +170,7 @@ class Body:
   def _dy_start(self, tile, slab: int):
     """Column of dy at a slab; -1 where the list has none."""
     launch = self.launch
-    group, column = divmod(slab * launch.row, _COLUMNS)
+    group, column = divmod(slab * launch.row, COLUMNS)
     entry, inside = divmod(column, launch.bo)
     minor = self.refs["minor"][jnp.minimum(tile.begins[group] + entry, launch.capacity - 1)]
     return jnp.where(entry < tile.counts[group], minor * launch.bo + inside, -1)
@@ -329,7 +196,7 @@ class Body:
         plgpu.barrier_arrive(self.empty.at[slot])
         return count + 1, accumulator
 
-      zeros = plgpu.layout_cast(jnp.zeros((_ROWS, _COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
+      zeros = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
       count, accumulator = lax.fori_loop(at.first, at.last, step, (count, zeros))
 
       @mg.pl.when(at.whole)
@@ -352,7 +219,7 @@ class Body:
       return self.product(accumulator, x_ref, dy_ref)
     a, b = x_ref[...].transpose(0, 2, 1), dy_ref[...].transpose(1, 0, 2)
     plgpu.commit_smem()  # these were ordinary loads, the copy engine writes next; the tensor cores need none
-    a, b = a.reshape(_ROWS, STEP), b.reshape(STEP, _COLUMNS)
+    a, b = a.reshape(ROWS, STEP), b.reshape(STEP, COLUMNS)
     return accumulator + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
   def _own(self, tile):
@@ -365,8 +232,8 @@ class Body:
     """Part of a tile, to where all blocks of a group find it."""
     sums = self.refs["sums"].at[block, self.warpgroup]
     if self.launch.interpret is not None:
-      for chunk in range(_CHUNKS):
-        sums[chunk] = accumulator[:, chunk * _CHUNK : (chunk + 1) * _CHUNK].reshape(-1)
+      for chunk in range(CHUNKS):
+        sums[chunk] = accumulator[:, chunk * CHUNK : (chunk + 1) * CHUNK].reshape(-1)
       return
     device.send_sums(accumulator.shape)(accumulator, sums)
     first = lax.div(block, self.members) * self.members
@@ -396,40 +263,38 @@ class Body:
     launch, plgpu, sums = self.launch, mg.plgpu, self.refs["sums"]
     tile = self._tile(Segment(self.rounds * launch.threads + group, 0, 0, False))
     begin, entries = self._own(tile)
-    receive = (
-      device.receive_sums((_ROWS, _CHUNK)) if launch.interpret is None else lambda a: a[...].reshape(_ROWS, _CHUNK)
-    )
+    receive = device.receive_sums((ROWS, CHUNK)) if launch.interpret is None else lambda a: a[...].reshape(ROWS, CHUNK)
 
-    first, last = (lax.div(_CHUNKS * p, self.members) for p in (member, member + 1))
+    first, last = (lax.div(CHUNKS * p, self.members) for p in (member, member + 1))
 
     def chunk(c, _):
       def add(q, total):
         return total + receive(sums.at[group * self.members + q, self.warpgroup, c])
 
-      zeros = jnp.zeros((_ROWS, _CHUNK), jnp.float32)
+      zeros = jnp.zeros((ROWS, CHUNK), jnp.float32)
       if launch.interpret is None:
         zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
       total = lax.fori_loop(0, self.members, add, zeros)
-      slots = self._slots(begin + _div(c * _CHUNK, launch.bo))
+      slots = self._slots(begin + _div(c * CHUNK, launch.bo))
       width = launch.out_columns
-      for i in range(_CHUNK // width):
-        turn = (c - first) * (_CHUNK // width) + i
+      for i in range(CHUNK // width):
+        turn = (c - first) * (CHUNK // width) + i
         part = total[:, i * width : (i + 1) * width]
-        self._store_columns(turn, part, c * _CHUNK + i * width, tile, slots, entries)
+        self._store_columns(turn, part, c * CHUNK + i * width, tile, slots, entries)
 
     lax.fori_loop(first, last, chunk, None)
 
   def _slots(self, entry):
     """For every block row of this warpgroup in an entry of a list, the slot of the block; the capacity: absent."""
     launch = self.launch
-    rows = _ROWS // launch.out_piece
+    rows = ROWS // launch.out_piece
     place = self.warpgroup * rows if launch.shared > rows else 0
     first = jnp.minimum(entry, launch.capacity - 1) * launch.shared + place
     return [self.refs["slots"][first + r] for r in range(rows)]
 
   def _store(self, i, accumulator, tile, begin, entries):
     launch = self.launch
-    width, chunks = launch.out_columns, _COLUMNS // launch.out_columns
+    width, chunks = launch.out_columns, COLUMNS // launch.out_columns
     slots = [self._slots(begin + j) for j in range(launch.entries)]  # at once: each would wait for memory
     for chunk in range(chunks):
       column = chunk * width
@@ -442,7 +307,7 @@ class Body:
     piece = launch.out_piece
     first_row = 0 if launch.shared > 1 else tile.sub * launch.height
     if launch.shared == 1 and not launch.flat:
-      first_row += self.warpgroup * _ROWS
+      first_row += self.warpgroup * ROWS
     staged = self.smem["out_smem"].at[self.warpgroup, _rem(turn, launch.epilogue_slots)]
     self._wait_for_staging()
     staged[...] = sums.astype(launch.out_dtype)
@@ -468,7 +333,7 @@ class Body:
     own = self.block * WARPGROUPS + self.warpgroup
     piece, width = launch.out_piece, launch.out_columns
     staged = self.smem["out_smem"].at[self.warpgroup, launch.epilogue_slots - 1]  # the last that `_store` comes to
-    zeros = jnp.zeros((_ROWS, width), launch.out_dtype)
+    zeros = jnp.zeros((ROWS, width), launch.out_dtype)
     staged[...] = zeros if launch.interpret is not None else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
     plgpu.commit_smem()
 
@@ -494,10 +359,5 @@ def _product(launch):
 
   return plgpu.inline_mgpu(
     arg_types=(WGMMA, ref, ref),
-    return_type=plgpu.ShapeDtypeStruct((_ROWS, _COLUMNS), jnp.float32, layout=WGMMA),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, layout=WGMMA),
   )(product)
-
-
-def mailboxes(launch: Launch) -> jax.ShapeDtypeStruct:
-  """Where blocks of threads put their parts of tiles."""
-  return jax.ShapeDtypeStruct((launch.threads, WARPGROUPS, _CHUNKS, _ROWS * _CHUNK), jnp.float32)
