@@ -15,7 +15,6 @@ import pytest
 
 import jaxsparse as js
 from jaxsparse.ops import _mosaic_gpu as mg
-from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import tuning
 from jaxsparse.ops.sampled_matmul import tuning as sampled_tuning
 
@@ -107,25 +106,6 @@ def test_sampled_kernel_interpreted(name):
   got = interpreted(_hopper.sampled_matmul_hopper, x, dy, w, tuning=tiles, out_dtype=out)
   want = all_products64(x, w, dy)[2]
   assert got.dtype == (out or x.dtype) and relative_error(got, want) < limit(got.dtype)
-
-
-def test_sampled_plan():
-  """Every kept block lies in one tile, whichever the height of tiles, and empty slots are listed."""
-  for block, density in ((128, 0.3), (64, 0.1), (64, 0.5), (32, 0.1), (32, 0.5)):
-    _, w, _ = case((block, block), (9, 40), density, 1, jnp.bfloat16, extra=3, static=True)
-    plan = _plan.plans_of(w).sampled
-    height = _plan.sampled_height(block, w.density)
-    shared, most = max(1, height // block), _plan.sampled_entries(block, height)
-    number, empty = np.asarray(plan.counts)
-    pieces = np.asarray(plan.items)[:number, 1:]
-    assert (pieces[:, 1] - pieces[:, 0] <= most).all() and (pieces[:, 1] > pieces[:, 0]).all()
-    entries = np.concatenate([np.arange(*piece) for piece in pieces])
-    slots = np.asarray(plan.slots).reshape(-1, shared)[entries]
-    kept = np.sort(slots[slots < w.capacity])
-    assert np.array_equal(kept, np.arange(w.count)) and len(set(entries)) == len(entries)
-    columns = np.where(slots < w.capacity, np.asarray(w.cols)[np.minimum(slots, w.capacity - 1)], -1).max(1)
-    assert np.array_equal(columns, np.asarray(plan.minor)[entries])
-    assert empty == 3 and np.array_equal(np.asarray(plan.empty)[:3], np.arange(w.count, w.capacity))
 
 
 def spec(k, o, block, count, dtype=jnp.bfloat16):
