@@ -196,7 +196,8 @@ def kernel() -> str:
 
 def load(case, program: bytes):
   lists = _plan.Plan(*[0] * len(_plan.Plan._fields))
-  w = js.BlockArray.tree_unflatten(((case["K"], case["O"]), None), (0, 0, 0, _plan.Plans(lists, lists, 0, 0)))
+  plans = _plan.Plans(lists, lists, _plan.Sampled(*[0] * len(_plan.Sampled._fields)))
+  w = js.BlockArray.tree_unflatten(((case["K"], case["O"]), None), (0, 0, 0, plans))
   spec = jax.tree.structure(((*operands(case)[2], w), {}))
   return serialize_executable.deserialize_and_load(program, spec, jax.tree.structure(0))
 
@@ -225,9 +226,11 @@ def bound(case, pattern) -> tuple[float, str]:
   entries = int(plan.starts[-1]) * max(1, size // _plan.TILE)
   if case["product"] == "dw":
     # All of a tile is computed, and whoever lacks a block does not store it.
-    needed["tensor cores"] = 2 * batch * entries * _plan.TILE * bo
-    tiles = int(plans.num_items[0]) * max(1, bk // _plan.TILE)
-    needed["L2"] = 2 * batch * (tiles * _plan.TILE + entries * bo)
+    height = _plan.sampled_height(bk, room(case) * bk * bo / (case["K"] * case["O"]))
+    pieces, high = plans.sampled.items[: plans.sampled.counts[0], 1:], max(1, bk // height)
+    loaded = int((pieces[:, 1] - pieces[:, 0]).sum()) * bo
+    needed["tensor cores"] = 2 * batch * len(pieces) * high * _plan.TILE * _plan.SAMPLED_COLUMNS
+    needed["L2"] = 2 * batch * high * (len(pieces) * height + loaded)
   else:
     # Two blocks of 32 share an instruction.
     together = slots.reshape(len(slots), -1, own).any(2).sum() if own > 1 else 0

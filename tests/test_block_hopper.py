@@ -1,6 +1,7 @@
 """The block-sparse kernels: interpreted on a CPU with race detection, and compiled to machine code of an H100."""
 
 import dataclasses
+import math
 
 import ahead_of_time
 from block_cases import all_products64
@@ -92,15 +93,27 @@ def test_kernel_interpreted(name, transposed, monkeypatch):
   assert y.shape == want.shape and y.dtype == (out or x.dtype) and relative_error(y, want) < limit(y.dtype)
 
 
+# The interpreter plays three blocks of threads: so many tiles make a round, and those that are left are cut.
+SAMPLED_CASES = {
+  "128": KERNEL_CASES["128"],
+  "32, tall": KERNEL_CASES["32, split"],
+  "high": KERNEL_CASES["high"] | dict(meeting=math.inf),
+  "wide": KERNEL_CASES["wide"],
+  "all zero": KERNEL_CASES["all zero"],
+  "64, flat, empty row": dict(block=(64, 64), mask=np.arange(30).reshape(2, 15) > 26, batch=8),
+  "32, flat, ragged": dict(block=(32, 32), grid=(5, 20), density=0.2, batch=8),
+}
+
+
 @needs_pallas
-@pytest.mark.parametrize("name", ["128", "64, ragged tiles", "32, split", "high", "wide", "all zero", "empty row"])
+@pytest.mark.parametrize("name", SAMPLED_CASES)
 def test_sampled_kernel_interpreted(name):
   from jaxsparse.ops.sampled_matmul import _hopper
 
-  x, w, dy = kernel_case(KERNEL_CASES[name], True)
-  split = KERNEL_CASES[name]["tuning"].get("split_k", 1)
+  options = {"tuning": None, "meeting": 0.0} | SAMPLED_CASES[name]
+  tiles = sampled_tuning.Tuning(stages=2, meeting=options.pop("meeting"))
+  x, w, dy = kernel_case(options, True)
   x, dy = (jnp.concatenate([a] * (80 // a.shape[0])) for a in (x, dy))  # a second, ragged step
-  tiles = sampled_tuning.Tuning(stages=2, split_b=split)
   out = jnp.float32 if len(name) % 2 else None
   got = interpreted(_hopper.sampled_matmul_hopper, x, dy, w, tuning=tiles, out_dtype=out)
   want = all_products64(x, w, dy)[2]
@@ -204,3 +217,5 @@ def test_tunings():
     tuning.Tuning(256, cluster=3)
   with pytest.raises(ValueError, match="stages in"):
     sampled_tuning.Tuning(stages=9)
+  with pytest.raises(ValueError, match="meeting of at least 0"):
+    sampled_tuning.Tuning(meeting=math.nan)

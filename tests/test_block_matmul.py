@@ -255,12 +255,32 @@ def test_plans(block, density):
             place = which if shared == 1 else plan.units[2 * which + j // own] * own + j % own
             assert (major[slot], minor[slot]) == (place, plan.minor[e])
     assert sorted(seen) == list(range(int(w.count)))
-    lengths = np.diff(plan.starts)
+    np.diff(plan.starts)
     check_parts(plan)
-  piece = max(1, 256 // block[1])
-  want = [(i, lo + p) for i, lo in enumerate(plan.starts[:-1]) for p in range(0, lengths[i], piece)]
-  assert plans.num_items[0] == len(want) <= len(plans.items)
-  assert sorted(map(tuple, np.asarray(plans.items)[: len(want)].tolist())) == want
+
+
+@pytest.mark.parametrize("side, density", [(128, 0.3), (64, 0.1), (64, 0.5), (32, 0.1), (32, 0.5)])
+def test_sampled_plan(side, density):
+  """Every kept block lies in one tile, whichever the height of tiles, and empty slots are listed."""
+  _, w, _ = case((side, side), (9, 40), density, 1, extra=3, static=True)
+  plan, kept, n = _plan.plans_of(w).sampled, w.count, w.capacity
+  height = _plan.sampled_height(side, w.density)
+  assert height == (128 if side == 128 or density == 0.5 else 64)
+  shared, most = max(1, height // side), _plan.sampled_entries(side, height)
+  number, empty = plan.counts
+  pieces = plan.items[:number, 1:]
+  assert (pieces[:, 1] - pieces[:, 0] <= most).all() and (pieces[:, 1] > pieces[:, 0]).all()
+  entries = np.concatenate([np.arange(*piece) for piece in pieces])
+  slots = plan.slots.reshape(-1, shared)[entries]
+  assert np.sort(slots[slots < n]).tolist() == list(range(kept)) and len(set(entries)) == len(entries)
+  columns = np.where(slots < n, w.cols[np.minimum(slots, n - 1)], plan.minor[entries][:, None])
+  assert (columns == plan.minor[entries][:, None]).all()
+  if height == 64:  # neighbouring block rows, in their order
+    lists = np.repeat(plan.items[:number, 0], np.diff(pieces).ravel())
+    rows = np.where(slots < n, w.rows[np.minimum(slots, n - 1)], -1)
+    want = lists[:, None] * shared + np.arange(shared)
+    assert (np.where(rows >= 0, rows, want) == want).all()
+  assert empty == 3 and plan.empty[:3].tolist() == list(range(kept, n))
 
 
 def check_parts(plan):

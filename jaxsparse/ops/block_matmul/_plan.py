@@ -17,7 +17,9 @@ from jaxsparse.arrays import _block_array
 
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
-SAMPLED_COLUMNS = 256  # of the sampled product's tile
+SAMPLED_COLUMNS = 256  # of the sampled product's tile, to each warpgroup
+_FLAT_BELOW = {64: 0.2, 32: 0.3}  # density, by height of blocks; measured at 8192^3; see `sampled_height`
+_FLAT_STRIPES = 3  # stripes of flat tiles, relative to those of others; measured, at 1 to 6
 PART = 5  # numbers to a part of a list
 # A list is cut in parts of at most so many times the mean length: the first of these for which there is room, and there always
 # is for the last. Measured: adding a part costs as much as 10 us of work. So no list as short as _LEAST rows of the sum is
@@ -52,21 +54,36 @@ class Plan(NamedTuple):
   units: Any
 
 
+class Sampled(NamedTuple):
+  """Lists of block rows, cut in pieces of about equal length, one for each tile of the sampled product; int32 throughout.
+
+  Attributes:
+    minor, slots, units: as in `Plan`; flat tiles need no units, their block rows are neighbours.
+    items: `[I, 3]`, of (list, first entry, one past the last), in an order in which neighbours share rows and columns.
+    empty: `[N]`, first the slots without a block.
+    counts: `[2]`, how many items and how many empty slots there are.
+  """
+
+  minor: Any
+  slots: Any
+  units: Any
+  items: Any
+  empty: Any
+  counts: Any
+
+
 class Plans(NamedTuple):
   """What the three products of a layer need: `x @ w`, `dy @ w.T`, and `x.T @ dy` at the kept blocks.
 
   Attributes:
     forward: lists of block columns.
     transposed: lists of block rows.
-    items: `[I, 2]`, int32, of (list, first entry): the lists of `transposed` in pieces of equal length, for the sampled
-      product, in an order in which neighbours share rows and columns.
-    num_items: `[1]`, int32, how many of them there are.
+    sampled: lists of block rows in pieces.
   """
 
   forward: Plan
   transposed: Plan
-  items: Any
-  num_items: Any
+  sampled: Sampled
 
 
 def plans_of(w: _block_array.BlockArray) -> Plans:
@@ -88,9 +105,18 @@ def _plans(rows, cols, grid, block_shape):
   return _make(jnp, rows, cols, grid, block_shape)
 
 
-def sampled_entries(bo: int) -> int:
+def sampled_height(bk: int, density: float) -> int:
+  """Block rows, in entries, of a tile of the sampled product: 128 (64 to each warpgroup) or 64.
+
+  Two warpgroups that share columns of dy, or that share columns of x: at low density block rows have few columns in common,
+  and what is loaded for one of them would be multiplied in vain for the others.
+  """
+  return UNIT if density < _FLAT_BELOW.get(bk, 0) else TILE
+
+
+def sampled_entries(bo: int, height: int) -> int:
   """Entries of a list of block rows that a tile of the sampled product takes."""
-  return max(1, SAMPLED_COLUMNS // bo)
+  return SAMPLED_COLUMNS // bo * (TILE // height)
 
 
 def extra_parts(lists: int) -> int:
@@ -103,8 +129,22 @@ def _make(xp, rows, cols, grid, block_shape) -> Plans:
   live = cols < block_cols
   forward = _plan(xp, live, rows, block_rows, bk, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, bo, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
-  items, num_items = _items(xp, transposed, block_cols, sampled_entries(bo))
-  return Plans(forward, transposed, items, num_items)
+  return Plans(forward, transposed, _sampled(xp, live, rows, cols, grid, block_shape, transposed))
+
+
+def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
+  (block_rows, block_cols), (bk, bo) = grid, block_shape
+  height, lists = sampled_height(bk, rows.shape[0] / max(1, block_rows * block_cols)), transposed
+  wide = block_cols * bo / (block_rows * bk)
+  if height < TILE:
+    own, wide = height // bk, _FLAT_STRIPES**2 * wide
+    tiles = -(-block_rows // own), own, xp.arange(1), rows // own, rows % own
+    lists = _plan(xp, live, cols, block_cols, bo, *tiles)
+  items, num_items = _items(xp, lists, block_cols, sampled_entries(bo, height), wide)
+  size = live.shape[0]
+  empty = _scatter(xp, 0, size, xp.where(live, size, xp.cumsum(~live) - 1), xp.arange(size))
+  counts = xp.stack([num_items, (~live).sum()]).astype(np.int32)
+  return Sampled(lists.minor, lists.slots, lists.units, items, empty, counts)
 
 
 def _tiles(xp, live, major, majors, minor, minors, size):
@@ -213,8 +253,11 @@ def _parts(xp, starts, depth):
   return as32(xp.concatenate([ends[-1:], parts.reshape(-1)]))
 
 
-def _items(xp, plan, minors, piece):
-  """Pieces of lists as (list, first entry), and how many there are."""
+def _items(xp, plan, minors, piece, wide):
+  """Lists in pieces of at most `piece` entries, as (list, first entry, one past the last), and how many there are.
+
+  `wide` is how many columns dy has for one of x.
+  """
   starts, minors_of = plan.starts, plan.minor
   counts = starts[1:] - starts[:-1]
   lists, capacity = counts.shape[0], minors_of.shape[0]
@@ -223,13 +266,13 @@ def _items(xp, plan, minors, piece):
   # The j-th piece of list l is item j + (pieces of the lists before it).
   item = xp.arange(min(capacity, capacity // piece + lists))
   of = xp.minimum(xp.searchsorted(ends, item, side="right"), lists - 1)
-  begin = starts[:-1][of] + (item - (ends - pieces)[of]) * piece
+  j, count, parts = item - (ends - pieces)[of], counts[of], xp.maximum(pieces[of], 1)
+  begin, end = (starts[:-1][of] + count * i // parts for i in (j, j + 1))
   # What runs at a time shall need about as many columns of dy as of x: take the items in stripes of columns.
-  stripes = xp.maximum(1, xp.round((ends[-1] / _SMS) ** 0.5)).astype(np.int32)
+  stripes = xp.maximum(1, xp.round((ends[-1] * (wide / _SMS)) ** 0.5)).astype(np.int32)
   stripe = minors_of[xp.minimum(begin, capacity - 1)] * stripes // minors
   order = xp.argsort(xp.where(item < ends[-1], stripe * lists + of, np.iinfo(np.int32).max), stable=True)
-  as32 = lambda a: xp.asarray(a).astype(np.int32)
-  return as32(xp.stack([of, begin], 1)[order]), as32(ends[-1])[None]
+  return xp.stack([of, begin, end], 1)[order].astype(np.int32), ends[-1]
 
 
 def _scatter(xp, fill, size, at, values):
