@@ -196,7 +196,7 @@ def kernel() -> str:
 
 def load(case, program: bytes):
   lists = _plan.Plan(*[0] * len(_plan.Plan._fields))
-  w = js.BlockArray.tree_unflatten(((case["K"], case["O"]), None), (0, 0, 0, _plan.Plans(lists, lists, 0, 0)))
+  w = js.BlockArray.tree_unflatten(((case["K"], case["O"]), None), (0, 0, 0, _plan.Plans(lists, lists, 0, 0, 0)))
   spec = jax.tree.structure(((*operands(case)[2], w), {}))
   return serialize_executable.deserialize_and_load(program, spec, jax.tree.structure(0))
 

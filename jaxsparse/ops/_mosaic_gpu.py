@@ -37,7 +37,6 @@ def unavailable() -> str | None:
 if unavailable() is None:
   from jax.experimental import pallas as pl  # noqa: F401  (kernels take it from here)
   from jax.experimental.mosaic.gpu import fragmented_array as _fragments
-  from jax.experimental.mosaic.gpu import launch_context as _launch_context
   from jax.experimental.mosaic.gpu import utils as _utils
   from jax.experimental.pallas import mosaic_gpu as plgpu
   from jaxlib.mlir import ir
@@ -306,7 +305,11 @@ def wgmma(accumulator, a, b, *, a_transposed: bool, b_transposed: bool, swizzle:
     a_transposed, b_transposed: which of these it is.
     swizzle: 128, 64 or 32.
   """
-  a, b = _operands(a, b, a_transposed, b_transposed)
+  fold = lambda ref: _utils.memref_unfold(ref, 1, (None, 8))
+  # mgpu wants tiles by row and column, whatever their place in memory: (M, K) of a, (K, N) of b.
+  if a_transposed is not None:
+    a = _utils.memref_transpose(fold(a), (0, 1, 3, 2) if a_transposed else (1, 0, 2, 3))
+  b = _utils.memref_transpose(fold(b), (0, 1, 3, 2) if b_transposed else (1, 0, 2, 3))
   module = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")  # the package has a function of this name
   result = module.wgmma(module.WGMMAAccumulator.from_registers(accumulator), a, b, swizzle=swizzle)
   nvvm.wgmma_commit_group_sync_aligned()
@@ -378,113 +381,3 @@ def halves_of_rows(ref, halves, depth: int, dtype, *, transposed: bool, swizzle:
   return _fragments.FragmentedArray(
     _registers=registers.reshape(layout.registers_shape((64, depth))), _layout=layout, _is_signed=None
   )
-
-
-def barrier(words, index):
-  """What `copy_tile` completes on: number `index` of the mbarriers that an int32 ref holds, two words each."""
-  return _utils.BarrierRef(_utils.memref_ptr(words), index, None, 1)
-
-
-def copy_tile(ctx, source, target, window, row: int, barrier, swizzle: int, slabs: int | None = None):
-  """Begins to copy a window of device memory, filled with zeros outside of `source`; for one thread.
-
-  Args:
-    ctx: first argument of an `inline_mgpu` function.
-    source: an operand of the kernel.
-    target: in shared memory.
-    window: an index or (first, size) for every axis of `source`; i32.
-    row: of `target`'s first axis, where the window begins.
-    barrier: see `barrier`.
-    swizzle: 128, 64 or 32.
-    slabs: the last axis of the window is split into parts of this length, which become the first axis.
-  """
-  index = lambda i: arith.index_cast(ir.IndexType.get(), i)
-  window = tuple(_utils.ds(index(w[0]), w[1]) if isinstance(w, tuple) else index(w) for w in window)
-  transform, rows = (), window[-2].length
-  if slabs is not None:
-    rows = window[-1].length // slabs
-    transform = (_launch_context.TileTransform((slabs,)), _launch_context.TransposeTransform((1, 0, 2)))
-  ctx.async_copy(
-    src_ref=source,
-    dst_ref=_utils.memref_slice(target, slice(row, row + rows)),
-    gmem_slice=window,
-    gmem_transform=transform,
-    barrier=barrier,
-    swizzle=swizzle,
-    arrive=False,
-    predicate=None,
-  )
-
-
-def at(ref, index):
-  """`ref[index]` for an i32 index."""
-  return _utils.memref_slice(ref, arith.index_cast(ir.IndexType.get(), index))
-
-
-def wgmma_loop(shape, steps, body):
-  """`for i in range(steps): registers = body(i, registers)` from zeros, as an array `shape` of the layout WGMMA.
-
-  Args:
-    shape: of the accumulator.
-    steps: a `Word`.
-    body: (Word, registers) -> registers, by `issue_wgmma`.
-  """
-  from jaxsparse.ops import _words
-
-  module = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")
-  zero = module.WGMMAAccumulator.zero(*shape)._value
-  like = zero.registers
-  registers = _words.loop(_words.Word(0), steps, list(like.flat), lambda i, r: list(body(i, np.array(r, object).reshape(like.shape)).flat))
-  nvvm.wgmma_wait_group_sync_aligned(0)
-  result = _fragments.FragmentedArray(
-    _registers=np.array(registers, object).reshape(like.shape), _layout=zero.layout, _is_signed=None
-  )
-  return _fragments.optimization_barrier(result).to_layout(_fragments.WGMMA_LAYOUT)
-
-
-def issue_wgmma(registers, w, x, *, halves: int, swizzle: int):
-  """Begins `accumulator + w.T @ x` and awaits all that was begun before it; in `wgmma_loop`.
-
-  Args:
-    registers: of the accumulator `[64, halves * N]`.
-    w: `[K, e]`, a slab of shared memory with rows of `swizzle` bytes.
-    x: `[K / e, N, e]`.
-    halves: 64 / e. Where 2, rows of w alternate between the halves of the accumulator, 32 by 32, and so does x.
-    swizzle: 128 or 64.
-  """
-  module = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")
-  depth, e = ir.MemRefType(w.type).shape
-  _, n, _ = ir.MemRefType(x.type).shape
-  accumulator = module.WGMMAAccumulator(
-    _value=_fragments.FragmentedArray(
-      _registers=registers, _layout=_fragments.WGMMA_LAYOUT_ACC_32BIT, _is_signed=None
-    ),
-    _original_layout=_fragments.WGMMA_LAYOUT_ACC_32BIT,
-    _sync=False,
-  )
-  nvvm.wgmma_fence_aligned()
-  step = depth if halves == 1 else 64
-  for k in range(0, depth, step):
-    a = _utils.memref_slice(w, slice(k, k + step))
-    b = _utils.memref_slice(x, slice(k // e, (k + step) // e))
-    a = _utils.memref_unfold(a, 0, (halves, None))  # [M / e, K, e]
-    b = _utils.memref_unfold(_utils.memref_fold(b, 0, 2), 0, (None, halves * n))  # [K / e, N, e]
-    accumulator = module.wgmma(accumulator, *_operands(a, b, True, True), swizzle=swizzle)
-  nvvm.wgmma_commit_group_sync_aligned()
-  nvvm.wgmma_wait_group_sync_aligned(1)
-  return accumulator._value.registers
-
-
-def _operands(a, b, a_transposed, b_transposed):
-  """Tiles by row and column as mgpu wants them, whatever their place in memory: (M, K) of a, (K, N) of b."""
-  fold = lambda ref: _utils.memref_unfold(ref, 1, (None, 8))
-  if a_transposed is not None:
-    a = _utils.memref_transpose(fold(a), (0, 1, 3, 2) if a_transposed else (1, 0, 2, 3))
-  return a, _utils.memref_transpose(fold(b), (0, 1, 3, 2) if b_transposed else (1, 0, 2, 3))
-
-
-def elements(array):
-  """(value, (row, column)) of all that this thread holds; i32."""
-  found, i32 = [], ir.IntegerType.get_signless(32)
-  array.foreach(lambda value, place: found.append((value, tuple(arith.index_cast(i32, i) for i in place))))
-  return found

@@ -19,6 +19,7 @@ from jaxsparse.arrays import _block_array
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile
+HEAD_ROWS = 29  # rows in a line of `Plans.heads`, which so has 128 bytes
 _HEAVY_LEVELS = 16
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
@@ -57,21 +58,29 @@ class Plans(NamedTuple):
     items: `[I, 2]`, int32, of (list, first entry): the lists of `transposed` in pieces of equal length, for the sampled
       product, in an order in which neighbours share rows and columns.
     num_items: `[1]`, int32, how many of them there are.
+    heads: int32 `[block columns, 32]`, longest list first, for few rows of x: the column, the slot of its first block, how
+      many there are, and the rows of the first of them. None where blocks are not in a `BlockArray`'s order.
   """
 
   forward: Plan
   transposed: Plan
   items: Any
   num_items: Any
+  heads: Any
 
 
-def plans_of(w: _block_array.BlockArray) -> Plans:
-  """The plans of a weight: those it carries, else derived here, while tracing where positions are static."""
+def plans_of(w: _block_array.BlockArray, ordered: bool = True) -> Plans:
+  """The plans of a weight: those it carries, else derived here, while tracing where positions are static.
+
+  Args:
+    w: the weight.
+    ordered: whether blocks are in a `BlockArray`'s order.
+  """
   if w.plan is not None:
     return w.plan
   if w.static:
     return _static_plans(w.positions, w.grid, w.block_shape)
-  return _plans(w.rows, w.cols, w.grid, w.block_shape)
+  return _plans(w.rows, w.cols, w.grid, w.block_shape, ordered)
 
 
 @functools.lru_cache(64)
@@ -79,9 +88,9 @@ def _static_plans(positions, grid, block_shape):
   return _make(np, positions.rows, positions.cols, grid, block_shape)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _plans(rows, cols, grid, block_shape):
-  return _make(jnp, rows, cols, grid, block_shape)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _plans(rows, cols, grid, block_shape, ordered):
+  return _make(jnp, rows, cols, grid, block_shape, ordered)
 
 
 def sampled_entries(bo: int) -> int:
@@ -102,13 +111,14 @@ def heavy_level(across: int, threads: int) -> int:
   return min(_HEAVY_LEVELS - 1, max(0, round(-math.log2(share))))
 
 
-def _make(xp, rows, cols, grid, block_shape) -> Plans:
+def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
   (block_rows, block_cols), (bk, bo) = grid, block_shape
   live = cols < block_cols
   forward = _plan(xp, live, rows, block_rows, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
   items, num_items = _items(xp, transposed, block_cols, sampled_entries(bo))
-  return Plans(forward, transposed, items, num_items)
+  heads = _heads(xp, rows, cols, block_cols) if ordered else None
+  return Plans(forward, transposed, items, num_items, heads)
 
 
 def _tiles(xp, live, major, majors, minor, minors, size):
@@ -213,6 +223,15 @@ def _items(xp, plan, minors, piece):
   order = xp.argsort(xp.where(item < ends[-1], stripe * lists + of, np.iinfo(np.int32).max), stable=True)
   as32 = lambda a: xp.asarray(a).astype(np.int32)
   return as32(xp.stack([of, begin], 1)[order]), as32(ends[-1])[None]
+
+
+def _heads(xp, rows, cols, block_cols):
+  """`Plans.heads`."""
+  counts = _count(xp, block_cols, cols)
+  order = xp.argsort(-counts, stable=True)
+  counts, starts = counts[order], (xp.cumsum(counts) - counts)[order]
+  slots = xp.minimum(starts[:, None] + xp.arange(HEAD_ROWS), rows.shape[0] - 1)
+  return xp.concatenate([xp.stack([order, starts, counts], 1), xp.asarray(rows)[slots]], 1).astype(np.int32)
 
 
 def _scatter(xp, fill, size, at, values):
