@@ -82,7 +82,7 @@ def test_few_rows_of_a_product_that_names_no_tuning(monkeypatch):
       _hopper.block_matmul_hopper(x, w, **options)
 
 
-@pytest.mark.parametrize("density", [0, 0.3, 1])
+@pytest.mark.parametrize("density", [0, 0.8])
 def test_heads(density):
   """A line for every column, longest list first, that says where its blocks are."""
   _, w, _ = case((32, 32), (40, 7), density, 1, extra=3)
