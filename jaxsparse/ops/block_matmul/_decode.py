@@ -288,11 +288,12 @@ class _Interpreted:
     """
     p, pl, width = self.p, mg.pl, self.p.tuning.strip
     slabs = p.unit // width
+    first = 0 * lax.axis_index("strip")  # the copy engine may go beyond x, which JAX only allows from where it cannot see
     for i, (block, offset, k) in enumerate(sources):
       w = self.w_gmem.at[block, pl.ds(offset, p.unit), pl.ds(within, width)]
       mg.plgpu.copy_gmem_to_smem(w, self.w_smem.at[slot, pl.ds(i * p.unit, p.unit)], self.full.at[slot])
       for j in range(slabs):
-        x = self.x_gmem.at[pl.ds(0, p.columns), pl.ds(k + j * width, width)]
+        x = self.x_gmem.at[pl.ds(first, p.columns), pl.ds(k + j * width, width)]
         mg.plgpu.copy_gmem_to_smem(x, self.x_smem.at[slot, i * slabs + j], self.full.at[slot])
 
   def await_room(self, step):
