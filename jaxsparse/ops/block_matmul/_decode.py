@@ -288,7 +288,8 @@ class _Interpreted:
     """
     p, pl, width = self.p, mg.pl, self.p.tuning.strip
     slabs = p.unit // width
-    first = 0 * lax.axis_index("strip")  # the copy engine may go beyond x, which JAX only allows from where it cannot see
+    # The copy engine may go beyond x, which JAX allows only where it does not know the beginning.
+    first = 0 * lax.axis_index("strip")
     for i, (block, offset, k) in enumerate(sources):
       w = self.w_gmem.at[block, pl.ds(offset, p.unit), pl.ds(within, width)]
       mg.plgpu.copy_gmem_to_smem(w, self.w_smem.at[slot, pl.ds(i * p.unit, p.unit)], self.full.at[slot])
