@@ -196,7 +196,7 @@ def kernel() -> str:
 
 def load(case, program: bytes):
   lists = _plan.Plan(*[0] * len(_plan.Plan._fields))
-  plans = _plan.Plans(lists, lists, _plan.Sampled(*[0] * len(_plan.Sampled._fields)))
+  plans = _plan.Plans(lists, lists, _plan.Sampled(*[0] * len(_plan.Sampled._fields)), 0)
   w = js.BlockArray.tree_unflatten(((case["K"], case["O"]), None), (0, 0, 0, plans))
   spec = jax.tree.structure(((*operands(case)[2], w), {}))
   return serialize_executable.deserialize_and_load(program, spec, jax.tree.structure(0))

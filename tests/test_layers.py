@@ -29,6 +29,7 @@ LAYERS = (
 STORAGE = {"arrays", "ops", "quant"}  # kernels and storage know nothing of training
 OPTIONAL = {  # imported where they are used, with an error that says what is missing
   "arrays/_safetensors.py": {"safetensors"},
+  "ops/_mosaic_async.py": {"jaxlib"},
   "ops/_mosaic_gpu.py": {"jaxlib"},
   "ops/_words.py": {"jaxlib"},
 }

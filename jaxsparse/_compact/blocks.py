@@ -48,7 +48,8 @@ def positions(plan: _plan.LeafPlan, indices: jax.Array) -> masks_lib.Positions:
   kernel = ()
   if all(side in _KERNEL_SIDES for side in plan.structure.shape):
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
-    kernel = kernel_plan.plans_of(_array(like, masks_lib.Positions(indices, (), shape, structure)))
+    unordered = _array(like, masks_lib.Positions(indices, (), shape, structure))
+    kernel = kernel_plan.plans_of(unordered, ordered=False)
   return masks_lib.Positions(indices, kernel, shape, structure)
 
 

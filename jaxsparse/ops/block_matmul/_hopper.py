@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import _decode
 from jaxsparse.ops.block_matmul import _hopper_body as body
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import tuning as tunings
@@ -82,7 +83,7 @@ def block_matmul_hopper(
     w: `[K, O]`, blocks of x's dtype with sides of 32, 64, 128 or 256.
     transposed: which product.
     out_dtype: bfloat16, float16 or float32; x's dtype by default.
-    tuning: a `tuning.Tuning`; chosen from the shape by default.
+    tuning: a `tuning.Tuning`; chosen from the shape by default: then `x @ w` for at most 64 rows is `_decode`'s.
     interpret: a `_mosaic_gpu.Interpret` to run on a CPU with a plain dot in place of the tensor cores.
 
   Returns:
@@ -98,6 +99,8 @@ def block_matmul_hopper(
     raise ValueError(reason)
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
   plans = _plan.plans_of(w)
+  if tuning is None and not transposed and x.shape[0] <= _decode.MAX_BATCH and plans.heads is not None:
+    return _decode.block_matmul_decode(x, w, plans.heads, out_dtype=out_dtype, interpret=interpret)
   plan = plans.transposed if transposed else plans.forward
   outputs = w.shape[0] if transposed else w.shape[1]
   if tuning is None:

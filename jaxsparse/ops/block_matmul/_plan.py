@@ -26,6 +26,7 @@ PART = 5  # numbers to a part of a list
 # cut, and twice the mean is too little.
 _CUTS = (3, 4)
 _LEAST = 1536
+HEAD_ROWS = 29  # rows in a line of `Plans.heads`, which so has 128 bytes
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
 
@@ -79,20 +80,28 @@ class Plans(NamedTuple):
     forward: lists of block columns.
     transposed: lists of block rows.
     sampled: lists of block rows in pieces.
+    heads: int32 `[block columns, 32]`, longest list first, for few rows of x: the column, the slot of its first block, how
+      many there are, and the rows of the first of them. None where blocks are not in a `BlockArray`'s order.
   """
 
   forward: Plan
   transposed: Plan
   sampled: Sampled
+  heads: Any
 
 
-def plans_of(w: _block_array.BlockArray) -> Plans:
-  """The plans of a weight: those it carries, else derived here, while tracing where positions are static."""
+def plans_of(w: _block_array.BlockArray, ordered: bool = True) -> Plans:
+  """The plans of a weight: those it carries, else derived here, while tracing where positions are static.
+
+  Args:
+    w: the weight.
+    ordered: whether blocks are in a `BlockArray`'s order.
+  """
   if w.plan is not None:
     return w.plan
   if w.static:
     return _static_plans(w.positions, w.grid, w.block_shape)
-  return _plans(w.rows, w.cols, w.grid, w.block_shape)
+  return _plans(w.rows, w.cols, w.grid, w.block_shape, ordered)
 
 
 @functools.lru_cache(64)
@@ -100,9 +109,9 @@ def _static_plans(positions, grid, block_shape):
   return _make(np, positions.rows, positions.cols, grid, block_shape)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _plans(rows, cols, grid, block_shape):
-  return _make(jnp, rows, cols, grid, block_shape)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _plans(rows, cols, grid, block_shape, ordered):
+  return _make(jnp, rows, cols, grid, block_shape, ordered)
 
 
 def sampled_height(bk: int, density: float) -> int:
@@ -124,12 +133,13 @@ def extra_parts(lists: int) -> int:
   return -(-lists // _CUTS[-1])
 
 
-def _make(xp, rows, cols, grid, block_shape) -> Plans:
+def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
   (block_rows, block_cols), (bk, bo) = grid, block_shape
   live = cols < block_cols
   forward = _plan(xp, live, rows, block_rows, bk, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, bo, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
-  return Plans(forward, transposed, _sampled(xp, live, rows, cols, grid, block_shape, transposed))
+  sampled = _sampled(xp, live, rows, cols, grid, block_shape, transposed)
+  return Plans(forward, transposed, sampled, _heads(xp, rows, cols, block_cols) if ordered else None)
 
 
 def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
@@ -273,6 +283,15 @@ def _items(xp, plan, minors, piece, wide):
   stripe = minors_of[xp.minimum(begin, capacity - 1)] * stripes // minors
   order = xp.argsort(xp.where(item < ends[-1], stripe * lists + of, np.iinfo(np.int32).max), stable=True)
   return xp.stack([of, begin, end], 1)[order].astype(np.int32), ends[-1]
+
+
+def _heads(xp, rows, cols, block_cols):
+  """`Plans.heads`."""
+  counts = _count(xp, block_cols, cols)
+  order = xp.argsort(-counts, stable=True)
+  counts, starts = counts[order], (xp.cumsum(counts) - counts)[order]
+  slots = xp.minimum(starts[:, None] + xp.arange(HEAD_ROWS), rows.shape[0] - 1)
+  return xp.concatenate([xp.stack([order, starts, counts], 1), xp.asarray(rows)[slots]], 1).astype(np.int32)
 
 
 def _scatter(xp, fill, size, at, values):

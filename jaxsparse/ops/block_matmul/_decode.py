@@ -1,0 +1,326 @@
+"""`x @ w` for few rows of x and block-sparse w, at about the speed of reading the blocks (Hopper, Pallas Mosaic GPU).
+
+A block of threads computes a strip of 32 or 64 outputs of one block column from its whole list of blocks, and several of
+them share a multiprocessor, so that all strips are under way at once: memory is kept busy whoever has the longest list, and
+nobody waits for parts of sums. What bounds such a short kernel is one latency after the other, so there are two: a line
+with everything that a strip must know to begin (`_plan.Plans.heads`), then the blocks and the parts of x themselves.
+Where there are few strips, clusters of two share a list and add up their sums through distributed shared memory.
+
+One warpgroup loads, another multiplies. The copy engine fills what lies outside of x and of a list with zeros.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse.arrays import _block_array
+from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import _plan
+
+MAX_BATCH = 64
+_SMS = 132
+_SHARED_BYTES = 228 * 1024  # of a multiprocessor; each block of threads needs
+_RESERVED_BYTES = 1024 + 1024  # so much beside what is counted here
+_REGISTERS = 65536
+_THREADS = 256
+_MOST_STAGES = 10
+_WORTH_A_CLUSTER = 0.08  # density; below, meeting costs more than it gains
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """How the work is cut.
+
+  Attributes:
+    strip: outputs of a block of threads: 64, or 32 where blocks have a side of 32.
+    depth: rows of w to a pipeline step: 64 or 128.
+    stages: pipeline steps in shared memory, at least 2.
+    split: blocks of threads that share a list, in a cluster: 1, 2 or 4.
+
+  Raises:
+    ValueError: the kernel does not know such values.
+  """
+
+  strip: int
+  depth: int
+  stages: int
+  split: int = 1
+
+  def __post_init__(self):
+    if self.strip not in (32, 64) or self.depth not in (64, 128) or self.split not in (1, 2, 4):
+      raise ValueError(f"{self} needs strip in (32, 64), depth in (64, 128) and split in (1, 2, 4).")
+    if not 2 <= self.stages <= 32:
+      raise ValueError(f"{self} needs stages in [2, 32].")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Everything static about a launch: `[batch, k] @ [k, o]` with room for `capacity` blocks `bk x bo`."""
+
+  tuning: Tuning
+  batch: int
+  k: int
+  o: int
+  capacity: int
+  bk: int
+  bo: int
+  dtype: str
+  out_dtype: str
+
+  @property
+  def columns(self) -> int:
+    """Rows of x as the instruction counts them."""
+    return -(-self.batch // 8) * 8
+
+  @property
+  def strips(self) -> int:
+    """Strips of a block column."""
+    return self.bo // self.tuning.strip
+
+  @property
+  def unit(self) -> int:
+    """Rows of w that one copy brings."""
+    return min(self.bk, self.tuning.depth)
+
+  @property
+  def units(self) -> int:
+    """Copies of w in a pipeline step."""
+    return self.tuning.depth // self.unit
+
+  @property
+  def w_shape(self) -> tuple[int, int, int]:
+    """Of w in shared memory."""
+    return self.tuning.stages, self.tuning.depth, self.tuning.strip
+
+  @property
+  def x_shape(self) -> tuple[int, int, int, int]:
+    """Of x in shared memory: its parts are cut to rows as wide as those of w."""
+    return self.tuning.stages, self.tuning.depth // self.tuning.strip, self.columns, self.tuning.strip
+
+
+def best_tuning(batch: int, w: _block_array.BlockArray) -> Tuning:
+  """Fills the multiprocessors' shared memory: with as many strips as there are, or as registers allow."""
+  strip = 64 if min(w.block_shape) >= 64 else 32
+  strips, columns = w.shape[1] // strip, -(-batch // 8) * 8
+  split = 2 if strips <= _SMS and w.density >= _WORTH_A_CLUSTER else 1
+  sums = 64 // strip * columns // 2
+  # What the compiler takes, and a little more.
+  resident = int(_REGISTERS / (_THREADS * (28 + (1.8 if strip == 64 else 1.35) * sums)))
+  resident = max(1, min(resident, -(-strips * split // _SMS)))
+  room = _SHARED_BYTES // resident - _RESERVED_BYTES - 4 * inbox_words(strip, split, columns)
+  step = lambda depth: 2 * depth * (strip + columns)
+  depth = 128 if room >= 4 * step(128) else 64
+  return Tuning(strip, depth, max(2, min(_MOST_STAGES, room // step(depth))), split)
+
+
+def inbox_words(strip: int, split: int, columns: int) -> int:
+  """Sums that others send to a block of threads: its own other half, for strips of 32, and the others of its cluster."""
+  halves = 64 // strip
+  return max(1, (halves * split - 1) * mg.WARPGROUP // halves * columns // 2)
+
+
+def block_matmul_decode(
+  x, w: _block_array.BlockArray, heads, *, out_dtype=None, tuning: Tuning | None = None, interpret=None
+):
+  """`x @ w` for few rows of x; accumulates in float32. Equal arguments give equal bits.
+
+  Args:
+    x: `[B, K]`, bfloat16 or float16, B in [1, 64].
+    w: `[K, O]`, blocks of x's dtype with sides of 32, 64, 128 or 256, in a `BlockArray`'s order.
+    heads: of `_plan.plans_of(w)`.
+    out_dtype: bfloat16, float16 or float32; x's dtype by default.
+    tuning: chosen from the shape by default.
+    interpret: a `_mosaic_gpu.Interpret` to run on a CPU with a plain dot in place of the tensor cores.
+
+  Returns:
+    `[B, O]`.
+
+  Raises:
+    ValueError: the tuning does not fit the blocks.
+  """
+  out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+  t = best_tuning(x.shape[0], w) if tuning is None else tuning
+  if t.strip > min(w.block_shape):
+    raise ValueError(f"{t} has strips that are wider than a side of blocks {w.block_shape[0]}x{w.block_shape[1]}.")
+  # The interpreter knows no clusters: there, what they add up is added here.
+  apart = interpret is not None and t.split > 1
+  stored = jnp.dtype(jnp.float32) if apart else out_dtype
+  plan = Plan(t, x.shape[0], *w.shape, *w.blocks.shape, jnp.dtype(x.dtype).name, stored.name)
+  y = _build(plan, interpret)(x, w.blocks, jnp.asarray(w.rows), jnp.asarray(heads))
+  return y.sum(0).astype(out_dtype) if apart else y
+
+
+@functools.lru_cache(256)
+def _build(p: Plan, interpret):
+  """The kernel of a plan: (x, blocks, rows, heads) -> y."""
+  plgpu, t, grid = mg.plgpu, p.tuning, p.o // p.tuning.strip
+  shape, clusters, pipeline = (p.batch, p.o), {}, _Interpreted
+  if interpret is None:
+    pipeline = importlib.import_module("jaxsparse.ops.block_matmul._decode_device").Pipeline
+    clusters = dict(cluster=(t.split,), cluster_names=("part",)) if t.split > 1 else {}
+  elif t.split > 1:
+    shape, grid = (t.split, *shape), grid * t.split
+  transforms = (plgpu.SwizzleTransform(2 * t.strip),)
+
+  def kernel(x_gmem, w_gmem, rows, heads, y_gmem, **scratch):
+    index, part = lax.axis_index("strip"), 0
+    if clusters:
+      part = lax.axis_index("part")
+    elif t.split > 1:
+      index, part = _divmod(index, t.split)
+    strip = _Strip(p, index, part, rows, heads)
+    strip.attach(pipeline(p, transforms, x_gmem, w_gmem, y_gmem, **scratch))
+    mg.split_roles(lax.axis_index("warpgroup"), 1, strip.load, strip.multiply, None)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct(shape, p.out_dtype),
+    grid=(grid,),
+    grid_names=("strip",),
+    **clusters,
+    num_threads=2,
+    thread_name="warpgroup",
+    compiler_params=mg.COMPILER_PARAMS,
+    scratch_types=dict(
+      x_smem=plgpu.SMEM(p.x_shape, p.dtype, transforms=transforms),
+      w_smem=plgpu.SMEM(p.w_shape, p.dtype, transforms=transforms),
+      **pipeline.scratch(p),
+    ),
+    interpret=interpret,
+    kernel_name="block_matmul_decode",
+  )
+
+
+class _Strip:
+  """What a block of threads does: a part of the list of a block column, for some of its outputs, by way of `pipe`."""
+
+  def __init__(self, p: Plan, index, part, rows, heads):
+    t = p.tuning
+    self.p, self.part, self.rows, self.heads = p, part, rows, heads
+    self.line, self.sub = _divmod(index, p.strips)
+    # All at once and before anything else, so that barriers begin meanwhile; a part's first rows are known only then.
+    early = min(_plan.HEAD_ROWS, t.stages * t.depth // p.bk + 1) if t.split == 1 else 0
+    self.column, self.start, self.count, *self.first = (heads[self.line, i] for i in range(3 + early))
+
+  def attach(self, pipe):
+    """What follows from the line, after the pipeline has begun."""
+    p, t = self.p, self.p.tuning
+    self.pipe, self.within = pipe, self.sub * t.strip
+    self.outputs = self.column * p.bo + self.within
+    steps = lax.div(self.count * p.bk + t.depth - 1, jnp.int32(t.depth))
+    self.begin, self.steps = 0, steps
+    if t.split > 1:
+      self.begin, end = (lax.div(steps * i, jnp.int32(t.split)) for i in (self.part, self.part + 1))
+      self.steps = end - self.begin
+
+  def load(self):
+    t = self.p.tuning
+    for s in range(t.stages):
+      mg.pl.when(s < self.steps)(lambda s=s: self._copy(s, s, self._early_row))
+
+    @functools.partial(lax.fori_loop, t.stages, jnp.maximum(self.steps, t.stages), init_val=())
+    def _(step, _):
+      self.pipe.await_room(step)
+      self._copy(step, lax.rem(step, jnp.int32(t.stages)), self._row)
+      return ()
+
+    self.pipe.finish(self.steps)
+
+  def multiply(self):
+    self.pipe.store(self.pipe.multiply(self.steps), self.outputs, self.part)
+
+  def _copy(self, step, slot, row_of):
+    """Begins to copy a step; `row_of(i)` is the block row of the list's i-th block."""
+    p, sources = self.p, []
+    for i in range(p.units):
+      row = (self.begin + step) * p.tuning.depth + i * p.unit  # of the list's blocks, one below the other
+      entry, offset = (row // p.bk, row % p.bk) if isinstance(row, int) else _divmod(row, p.bk)
+      block, k = self.start + entry, row_of(entry) * p.bk + offset
+      if p.units > 1:  # the last step may go beyond the list
+        there = entry < self.count
+        block, k = jnp.where(there, block, p.capacity), jnp.where(there, k, p.k)
+      sources.append((block, offset, k))
+    self.pipe.copy(slot, sources, self.within)
+
+  def _row(self, entry):
+    return self.rows[jnp.minimum(self.start + entry, self.p.capacity - 1)]
+
+  def _early_row(self, entry):
+    """From the line, which is at hand, where it holds it."""
+    if isinstance(entry, int):
+      return self.first[entry] if entry < len(self.first) else self._row(entry)
+    last = _plan.HEAD_ROWS - 1
+    in_line = lambda: self.heads[self.line, 3 + jnp.minimum(entry, last)]
+    return lax.cond(entry <= last, in_line, lambda: self._row(entry))
+
+
+def _divmod(a, b: int):
+  if b == 1:
+    return a, 0
+  return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
+
+
+class _Interpreted:
+  """The pipeline on a CPU; `_decode_device.Pipeline` is what runs on a GPU."""
+
+  def __init__(self, p, transforms, x_gmem, w_gmem, y_gmem, *, x_smem, w_smem, full, empty):
+    del transforms
+    self.p, self.x_gmem, self.w_gmem, self.y_gmem = p, x_gmem, w_gmem, y_gmem
+    self.x_smem, self.w_smem, self.full, self.empty = x_smem, w_smem, full, empty
+
+  @staticmethod
+  def scratch(p):
+    """Types of what `__init__` takes beyond operands."""
+    barrier = lambda arrivals: mg.plgpu.Barrier(num_arrivals=arrivals, num_barriers=p.tuning.stages)
+    return dict(full=barrier(p.units + p.x_shape[1]), empty=barrier(1))
+
+  def copy(self, slot, sources, within):
+    """Begins to copy a step.
+
+    Args:
+      slot: where to.
+      sources: (block, row of the block, column of x) for every unit.
+      within: first output, of the block's.
+    """
+    p, pl, width = self.p, mg.pl, self.p.tuning.strip
+    slabs = p.unit // width
+    # The copy engine may go beyond x, which JAX allows only where it does not know the beginning.
+    first = 0 * lax.axis_index("strip")
+    for i, (block, offset, k) in enumerate(sources):
+      w = self.w_gmem.at[block, pl.ds(offset, p.unit), pl.ds(within, width)]
+      mg.plgpu.copy_gmem_to_smem(w, self.w_smem.at[slot, pl.ds(i * p.unit, p.unit)], self.full.at[slot])
+      for j in range(slabs):
+        x = self.x_gmem.at[pl.ds(first, p.columns), pl.ds(k + j * width, width)]
+        mg.plgpu.copy_gmem_to_smem(x, self.x_smem.at[slot, i * slabs + j], self.full.at[slot])
+
+  def await_room(self, step):
+    """Waits until the slot of a step, which is not one of the first, is free."""
+    mg.plgpu.barrier_wait(self.empty.at[lax.rem(step, jnp.int32(self.p.tuning.stages))])
+
+  def finish(self, steps):
+    """Nobody leaves while a barrier is still to be signalled."""
+    for s in range(self.p.tuning.stages):
+      mg.pl.when(s < steps)(lambda s=s: mg.plgpu.barrier_wait(self.empty.at[s]))
+
+  def multiply(self, steps):
+    """The sum of all steps; only `store` knows how it lies."""
+    p = self.p
+
+    def body(step, accumulator):
+      slot = lax.rem(step, jnp.int32(p.tuning.stages))
+      mg.plgpu.barrier_wait(self.full.at[slot])
+      w, x = self.w_smem[slot], self.x_smem[slot].transpose(0, 2, 1).reshape(p.tuning.depth, -1)
+      mg.plgpu.commit_smem()  # these were ordinary loads, the copy engine writes next; the tensor cores need none
+      mg.plgpu.barrier_arrive(self.empty.at[slot])
+      return accumulator + jnp.dot(w.T, x, preferred_element_type=jnp.float32)
+
+    return lax.fori_loop(0, steps, body, jnp.zeros((p.tuning.strip, p.columns), jnp.float32))
+
+  def store(self, accumulator, outputs, part):
+    """Stores the sum, from output `outputs` on."""
+    y = self.y_gmem.at[part] if self.p.tuning.split > 1 else self.y_gmem
+    y[:, mg.pl.ds(outputs, self.p.tuning.strip)] = accumulator.T[: self.p.batch].astype(self.p.out_dtype)
