@@ -100,8 +100,10 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
   arguments = {k: v for k, v in config.items() if k != "name"}
   name = config.get("name")
   if name not in _CLASSES:
+    kind = _updater.FIELDS[key][0] if key in _updater.FIELDS else object
+    known = sorted(known for known, cls in _CLASSES.items() if issubclass(cls, kind))
     raise ValueError(
-      f"{key}: there is no {name!r}.{_registry.nearest(str(name), _CLASSES)} Known names: {', '.join(sorted(_CLASSES))}."
+      f"{key}: there is no {name!r}.{_registry.nearest(str(name), known)} Known names: {', '.join(known)}."
     )
   cls = _CLASSES[name]
   _registry.check_arguments(name, inspect.signature(cls), arguments)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _state
 from jaxsparse import _tree
 from jaxsparse import masks as masks_lib
 
@@ -29,7 +30,6 @@ def summarize_sparsity(tree: Any, only_total: bool = False, params: Any = None) 
     "path/of/leaf" -> sparsity, and "_total_sparsity". Works under jit.
 
   >>> import jax.numpy as jnp
-  >>> import optax
   >>> import optax
   >>> {k: float(v) for k, v in summarize_sparsity({"w": jnp.array([1., 0., 0., 0.])}).items()}
   {'w': 0.75, '_total_sparsity': 0.75}
@@ -122,6 +122,9 @@ def _kept(params, masks) -> dict[str, int]:
 
 
 def _mask_leaves(tree: Any) -> dict[str, Any]:
+  is_state = lambda node: isinstance(node, _state.SparsityState)
+  if any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state))):
+    raise TypeError("This is an optimizer state, whose moments and counts are no masks: pass js.get_masks(opt_state).")
   paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_mask_leaf)[0]
   return {
     _tree.leaf_name(path): node if isinstance(node, masks_lib.Positions) else _tree.to_array(masks_lib.unpack(node))

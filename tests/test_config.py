@@ -132,6 +132,7 @@ def test_jaxpruner_names_exist():
     ({"name": "rigel"}, ValueError, "Did you mean 'rigl'"),
     ({"name": "zzz"}, ValueError, "The algorithms are: acdc"),
     ({"name": "rigl", "sparsity": 0.9, "stopp": 5}, TypeError, r"no argument 'stopp'. Did you mean 'stop'\?.*rigl\("),
+    ({"name": "rigl", "sparsity": 0.9, "stop": 5, "distribution": "XX"}, ValueError, "Known names: ERK, ERKPlus, ErdosRenyi, Global, Uniform, UniformPlus.$"),
     ({"name": "rigl", "sparsity": 0.9, "stop": 5, "structure": "Blok"}, ValueError, "structure: there is no 'Blok'. Did you mean 'Block'"),
     ({"name": "rigl", "sparsity": 0.9, "stop": 5, "structure": {"name": "NM", "n": 2, "mm": 4}}, TypeError, "NM.. has no argument 'mm'. Did you mean 'm'"),
     ({"name": "rigl", "sparsity": 0.9, "stop": 5, "structure": {"n": 2, "m": 4}}, ValueError, "structure: there is no None"),

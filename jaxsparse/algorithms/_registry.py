@@ -27,7 +27,10 @@ def algorithm(factory: Factory) -> Factory:
   @functools.wraps(factory)
   def wrapped(*args, **kwargs):
     check_arguments(name, signature, kwargs)
-    bound = signature.bind(*args, **kwargs)
+    try:
+      bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+      raise TypeError(f"{name}(): {error}. Its signature is {name}{_short(signature)}.") from None
     updater = factory(*args, **kwargs)
     return dataclasses.replace(updater, call=(name, tuple(bound.arguments.items())))
 

@@ -35,7 +35,10 @@ def pack_decode(values, indices, n, m, scales=None, *, shape=None) -> _decode_la
     raise ValueError(reason)
   dtype = jnp.dtype(values.dtype).name
   if dtype not in _decode_layout.VALUE_DTYPES:
-    raise TypeError(f"values are {dtype}; the decode layout takes {', '.join(_decode_layout.VALUE_DTYPES)}")
+    raise TypeError(
+      f"values are {dtype}; the decode layout takes {', '.join(_decode_layout.VALUE_DTYPES)}: convert them with "
+      "w.astype(jnp.bfloat16), or quantize them"
+    )
   groups, kept, outputs = values.shape
   if kept != n or indices.shape != values.shape:
     raise ValueError(f"values {values.shape} and indices {indices.shape} must both be [K / {m}, {n}, O]")
