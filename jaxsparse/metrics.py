@@ -64,10 +64,7 @@ def summarize_intersection(masks_a: Any, masks_b: Any, only_total: bool = False)
   Returns:
     "path/of/leaf" -> share in [0, 1], and "_total_intersection".
   """
-  a, b = _mask_leaves(masks_a), _mask_leaves(masks_b)
-  if a.keys() != b.keys():
-    raise ValueError(f"The trees differ: only one of them has {sorted(a.keys() ^ b.keys())[:5]}.")
-  _refuse_positions({**a, **b}, "summarize_intersection")
+  a, b = _pair(masks_a, masks_b, "summarize_intersection")
   both = {n: jnp.sum((a[n] != 0) & (b[n] != 0), dtype=jnp.float32) for n in a}
   kept = {n: jnp.sum(a[n] != 0, dtype=jnp.float32) for n in a}
   total = sum(both.values(), jnp.float32(0)) / jnp.maximum(sum(kept.values(), jnp.float32(0)), 1)
@@ -77,8 +74,7 @@ def summarize_intersection(masks_a: Any, masks_b: Any, only_total: bool = False)
 
 def mask_churn(old: Any, new: Any) -> jax.Array:
   """Sparse architecture divergence (SAD): how many mask bits differ between two mask trees; shape=(), float32."""
-  a, b = _mask_leaves(old), _mask_leaves(new)
-  _refuse_positions({**a, **b}, "mask_churn")
+  a, b = _pair(old, new, "mask_churn")
   return sum((jnp.sum((a[n] != 0) != (b[n] != 0), dtype=jnp.float32) for n in a), jnp.float32(0))
 
 
@@ -131,6 +127,18 @@ def _mask_leaves(tree: Any) -> dict[str, Any]:
     for path, node in paths
     if not _tree.is_masked_node(node)
   }
+
+
+def _pair(first: Any, second: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Leaves of two mask trees of one model."""
+  a, b = _mask_leaves(first), _mask_leaves(second)
+  if a.keys() != b.keys():
+    raise ValueError(f"{name}: the trees differ, only one of them has {sorted(a.keys() ^ b.keys())[:5]}.")
+  _refuse_positions({**a, **b}, name)
+  for leaf in a:
+    if a[leaf].shape != b[leaf].shape:
+      raise ValueError(f"{name}: {leaf} has shape {a[leaf].shape} in the one tree and {b[leaf].shape} in the other.")
+  return a, b
 
 
 def _count(leaf) -> jax.Array:

@@ -368,6 +368,37 @@ def test_structures_without_rows_are_refused():
     calibration.sparsegpt(layer()[0], layer()[2], js.Channel(), 4)
 
 
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (
+      lambda w, g: calibration.sparsegpt(w, g[:8], js.NM(2, 4), 2),
+      r"sparsegpt: gram has shape \(8, 32\).*\(32, 32\), X\^T X",
+    ),
+    (lambda w, g: calibration.alps(w, w, js.NM(2, 4), 2), r"alps: gram has shape \(32, 24\)"),
+    (
+      lambda w, g: calibration.gptq(w, g, w[:, :5] > 0, group=8),
+      r"gptq: mask has shape \(32, 5\); .* must be \(32, 24\)",
+    ),
+    (lambda w, g: calibration.refit(w, w, g, w[1:] > 0), "refit: mask has shape"),
+    (lambda w, g: calibration.refit(w, w[1:], g, w > 0), "refit: target has shape"),
+    (lambda w, g: calibration.dsnot(w, w > 0, calibration.init_statistics(7)), r"dsnot: norm has shape \(7,\)"),
+    (lambda w, g: calibration.corrected_target(w, g, w.T), "corrected_target: moment has shape"),
+    (lambda w, g: calibration.cospadi(w, w, 8, 2), "cospadi: gram has shape"),
+    (lambda w, g: calibration.wanda_scores(w, g), r"wanda_scores: norm has shape \(32, 32\); .* one for each input"),
+    (lambda w, g: calibration.prune(w, w.T, js.NM(2, 4), 2), "prune: scores has shape"),
+    (lambda w, g: calibration.prune(w[None], w[None], js.NM(2, 4), 2), r"w has shape \(1, 32, 24\); one layer"),
+    (lambda w, g: calibration.prune(w, w, js.NM(2, 4), 5), "keep=5: a group of NM.* has 4 units"),
+    (lambda w, g: calibration.prune(w, w, "2:4", 2), "structure must be a structure .*got '2:4'"),
+    (lambda w, g: calibration.keep_units("2:4", w.shape), "structure must be a structure .*got '2:4'"),
+  ],
+)
+def test_arguments_of_another_layer_are_named(call, message):
+  w, _, gram = layer()
+  with pytest.raises((ValueError, TypeError), match=message):
+    call(w, gram)
+
+
 class TestRSparse:
   def test_budget_in_closed_form(self):
     assert calibration.rsparse_budget(4096, 4096, 0.5, 0.9) == (1843, 102)

@@ -135,7 +135,7 @@ def test_jaxpruner_names_exist():
     ({"name": "rigl", "sparsity": 0.9, "stop": 5, "distribution": "XX"}, ValueError, "Known names: ERK, ERKPlus, ErdosRenyi, Global, Uniform, UniformPlus.$"),
     ({"name": "rigl", "sparsity": 0.9, "stop": 5, "structure": "Blok"}, ValueError, "structure: there is no 'Blok'. Did you mean 'Block'"),
     ({"name": "rigl", "sparsity": 0.9, "stop": 5, "structure": {"name": "NM", "n": 2, "mm": 4}}, TypeError, "NM.. has no argument 'mm'. Did you mean 'm'"),
-    ({"name": "rigl", "sparsity": 0.9, "stop": 5, "structure": {"n": 2, "m": 4}}, ValueError, "structure: there is no None"),
+    ({"name": "rigl", "sparsity": 0.9, "stop": 5, "structure": {"n": 2, "m": 4}}, ValueError, "structure: {'n': 2, 'm': 4} needs a name. Known names: Block,"),
     ({"name": "rigl", "sparsity": 1.9, "stop": 5}, ValueError, "sparsity must be in"),
     ({"name": "magnitude", "sparsity": 0.9, "schedule": {"name": "Polynomial", "every": 5, "stop": 0}}, ValueError, "stop=0"),
   ],

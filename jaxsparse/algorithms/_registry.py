@@ -32,6 +32,8 @@ def algorithm(factory: Factory) -> Factory:
     except TypeError as error:
       raise TypeError(f"{name}(): {error}. Its signature is {name}{_short(signature)}.") from None
     updater = factory(*args, **kwargs)
+    if not isinstance(updater, _updater.Updater):
+      raise TypeError(f"{name}() must return an Updater, got {updater!r}.")
     return dataclasses.replace(updater, call=(name, tuple(bound.arguments.items())))
 
   wrapped.__signature__ = signature
