@@ -26,6 +26,7 @@ class Quantized(NamedTuple):
   mask: jax.Array
 
   def to_dense(self, dtype: Any = jnp.float32) -> jax.Array:
+    """The weight that the integers stand for, `[K, O]`."""
     return _dense.dequantize_dense(self.values, self.scales, dtype)
 
 

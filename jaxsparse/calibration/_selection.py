@@ -14,6 +14,12 @@ def keep_units(
 
   `FixedFanIn()` ranks the weights of each output ("per row" in the papers), `Unstructured()` those of the layer.
 
+  Args:
+    structure: what is ranked together and removed together.
+    shape: (K, O).
+    sparsity: fraction to remove in [0, 1); None where the structure implies it (`NM`, a fixed fan-in).
+    name: what errors call the weight.
+
   Raises:
     ValueError: the structure does not fit, the sparsity is missing or not what the structure implies, or nothing
       would be left.
@@ -44,7 +50,16 @@ def keep_units(
 
 
 def select(scores: jax.Array, structure: structures.AbstractStructure, keep: int | jax.Array) -> jax.Array:
-  """Mask of the `keep` best units of each group; scores `[K, O]`, mask bool `[K, O]`."""
+  """Mask of the `keep` best units of each group.
+
+  Args:
+    scores: `[K, O]`; a unit's are summed.
+    structure: what is ranked together and removed together.
+    keep: units kept per group; may be traced.
+
+  Returns:
+    bool `[K, O]`, True = kept.
+  """
   _check_structure(structure)
   units, axes = structure.to_units(scores), structure.unit_axes(scores.shape)
   size = structure.units_per_group(scores.shape)

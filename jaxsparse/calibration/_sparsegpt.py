@@ -82,6 +82,11 @@ def sparsegpt(
 def check_pruned(pruned: Pruned, name: str = "layer", damping: float = 0.01) -> None:
   """Refuses a weight that is not finite, and warns of one that needed more damping; outside of `jit`.
 
+  Args:
+    pruned: what `sparsegpt` or `alps` returned.
+    name: of the layer, for the message.
+    damping: what was asked for.
+
   Raises:
     ValueError: the Gram matrix could not be factored with any damping that was tried.
   """
