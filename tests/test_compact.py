@@ -168,8 +168,11 @@ def trajectory(tx, params, state, counts):
 def test_set_swaps_in_place():
   """Updates 2, 5 and 8: the smallest go, as many that were absent come, at zero and with zero moments; all else stays."""
   tx, params, state = set_run()
-  (_, last), (weights, states) = trajectory(tx, params, state, jnp.arange(11))
+  (final, last), (weights, states) = trajectory(tx, params, state, jnp.arange(11))
+  exported, dense = factory("set").export(final, last)[0], factory("set").dense_params(final, last)
+  assert (np.diff(np.asarray(exported["fan"].indices, np.int32), axis=0) > 0).all()
   for leaf in SHAPES:
+    np.testing.assert_array_equal(exported[leaf].to_dense(), dense[leaf])
     start = np.asarray(state.masks[leaf].indices), np.asarray(params[leaf])
     adam = [np.asarray(tree[leaf]) for tree in moments(states)]
     check_swaps(leaf == "fan", start, np.asarray(states.masks[leaf].indices), np.asarray(weights[leaf]), adam)
@@ -204,6 +207,18 @@ def check_swaps(is_fan, start, indices, values, adam):
       for moment in adam:
         assert (moment[t][gone] == 0).all() and np.array_equal(moment[t][~gone], moment[t - 1][~gone])
     before, kept = new, now
+
+
+def test_chunks_of_outputs_draw_for_themselves():
+  """Outputs with the same inputs, 7 apart, do not grow the same ones."""
+  tx, params, state = set_run()
+  node, first = state.masks["fan"], jnp.arange(5, dtype=jnp.uint8)
+  same = js.Positions(jnp.broadcast_to(first[:, None], node.shape), node.plan, node.shape, node.structure)
+  state = js.set_masks(state, js.get_masks(state) | {"fan": same})
+  _, (_, states) = trajectory(tx, params, state, jnp.arange(11))
+  grown = [set(column.tolist()) - set(range(5)) for column in np.asarray(states.masks["fan"].indices)[2].T]
+  assert all(grown)
+  assert not all(a <= b or b <= a for a, b in zip(grown[:7], grown[7:14]))
 
 
 def test_restored_training_continues_bit_for_bit(tmp_path):
@@ -241,6 +256,9 @@ def test_swap_ignores_candidates_that_do_not_count():
   # The first 5 counts; the dropped 0 comes back, since its score is above that of 6, which is unknown.
   assert indices[:, 0].tolist() == [0, 5, 2, 3] and stay[:, 0].tolist() == [True, False, True, True]
   indices, stay = swap(jnp.array([0]))
+  assert indices[:, 0].tolist() == [0, 1, 2, 3] and stay.all()
+  # Where no candidate counts, all that has been dropped comes back, whatever its score.
+  indices, stay = fan_in.swap(old, drop, again, jnp.array([[2], [8]]), jnp.ones((2, 1)), jnp.array([2]), 8)
   assert indices[:, 0].tolist() == [0, 1, 2, 3] and stay.all()
 
 
