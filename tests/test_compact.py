@@ -218,7 +218,25 @@ def test_chunks_of_outputs_draw_for_themselves():
   _, (_, states) = trajectory(tx, params, state, jnp.arange(11))
   grown = [set(column.tolist()) - set(range(5)) for column in np.asarray(states.masks["fan"].indices)[2].T]
   assert all(grown)
-  assert not all(a <= b or b <= a for a, b in zip(grown[:7], grown[7:14]))
+  # The last chunk begins at output 13.
+  assert not all(a <= b or b <= a for a, b in zip(grown[:6], grown[7:13]))
+
+
+def test_leaves_draw_for_themselves_and_take_what_there_is():
+  shape = (12, 6)
+  rules = js.Rules(("[ab]", js.Compact(FAN_IN, shape)), ("c", js.Compact(js.FixedFanIn(9), shape)))
+  updater = js.get_algorithm("set")(rules=rules, distribution=js.Uniform(), every=1, stop=9, drop_fraction=0.9)
+  params, masks = updater.compact_init(dict.fromkeys("abc", jax.ShapeDtypeStruct(shape, jnp.float32)), key=0)
+  assert (params["a"] != params["b"]).any() and (masks["a"].indices != masks["b"].indices).any()
+  params, masks = params | {"b": params["a"]}, masks | {"b": masks["a"]}
+  tx = updater.wrap_optax(optax.sgd(0.1))
+  state = js.set_masks(tx.init(params), masks)
+  after = js.get_masks(jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)[1])
+  assert (after["a"].indices != after["b"].indices).any()
+  # Nine tenths of the nine inputs should go, and three are absent: those come, for the three smallest.
+  gone = np.asarray(after["c"].indices != masks["c"].indices)
+  assert after["c"].problem() == ""
+  np.testing.assert_array_equal(gone, np.argsort(np.argsort(np.abs(params["c"]), axis=0), axis=0) < 3)
 
 
 def test_restored_training_continues_bit_for_bit(tmp_path):
