@@ -484,6 +484,7 @@ BAD = {
   "dense storage": (lambda: js.sr_ste(structure=COMPACT), ValueError, "Hard"),
   "joint": (lambda: js.granet(0.5, stop=10, structure=COMPACT), ValueError, "joint"),
   "surplus": (lambda: js.mest(0.5, every=1, stop=100, structure=COMPACT), ValueError, "surplus"),
+  "packed": (lambda: js.static_sparse(structure=COMPACT, pack_masks=True), ValueError, "pack_masks=False"),
   "momentum": (lambda: js.snfs(0.5, stop=10, structure=COMPACT), ValueError, "grow="),
   "no growth": (lambda: js.magnitude(stop=10, structure=COMPACT), ValueError, "constant fan-in"),
   "first masks by weights": (
