@@ -63,37 +63,31 @@ def in_turn(
       jax.block_until_ready([call() for _ in range(repeats) for call in calls])
       times[name].append(1e6 * (time.perf_counter() - start) / (repeats * len(calls)))
     return {name: statistics.median(found) for name, found in times.items()}
-  profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
-  cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
   mark, angle = jax.jit(jnp.arctan2), jnp.ones(1)
   jax.block_until_ready(mark(angle, angle))
-  cupti._cupti_init()
-  try:
+
+  def run():
     for _, repeats, calls in turns:
       jax.block_until_ready(mark(angle, angle))
       out = [call() for _ in range(repeats) for call in calls]
       jax.block_until_ready([a for a in out if isinstance(a, jax.Array)])
       finish()
       del out
-  finally:
-    kernels = cupti._cupti_get_timings(True)
+
   found = []
-  for name, ms in kernels:
+  for name, ms in _kernels(run):
     if _MARK in name:
       found.append([])
     elif found:
       found[-1].append(ms)
   if len(found) != len(turns):
-    raise RuntimeError(f"{len(found)} turns of {len(turns)} found among {len(kernels)} kernels")
+    raise RuntimeError(f"{len(found)} turns of {len(turns)} were found among the kernels.")
   times = {name: [] for name in programs}
   for (name, repeats, calls), turn in zip(turns, found, strict=True):
-    launched, rest = divmod(len(turn), repeats * len(calls))
     if name in uneven and turn:
       times[name].append(1e3 * sum(turn) / (repeats * len(calls)))
-      continue
-    if rest or not launched:
-      raise RuntimeError(f"{name}: {len(turn)} kernels in {repeats * len(calls)} calls")
-    times[name] += [1e3 * sum(turn[i : i + launched]) for i in range(0, len(turn), launched)]
+    else:
+      times[name] += _per_call(turn, repeats * len(calls), name)
   return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -107,14 +101,24 @@ def each(calls) -> list[float]:
       jax.block_until_ready(program(*args))
       times.append(1e6 * (time.perf_counter() - start))
     return times
-  # What `profiler.measure` does for one program.
-  ext = importlib.import_module("jax.experimental.mosaic.gpu.profiler").mosaic_gpu_lib._mosaic_gpu_ext
-  ext._cupti_init()
+  kernels = _kernels(lambda: jax.block_until_ready([program(*args) for program, args in calls]))
+  return _per_call([ms for _, ms in kernels], len(calls), "a list of calls")
+
+
+def _kernels(run: Callable[[], Any]) -> list[tuple[str, float]]:
+  """(name, milliseconds) of all kernels that `run` launches and waits for: what `profiler.measure` does for one program."""
+  cupti = importlib.import_module("jax.experimental.mosaic.gpu.profiler").mosaic_gpu_lib._mosaic_gpu_ext
+  cupti._cupti_init()
   try:
-    jax.block_until_ready([program(*args) for program, args in calls])
+    run()
   finally:
-    timings = ext._cupti_get_timings(True)
-  if len(timings) % len(calls):
-    raise RuntimeError(f"{len(timings)} kernels ran in {len(calls)} calls, which cannot be told apart.")
-  size = len(timings) // len(calls)
-  return [1e3 * sum(t for _, t in timings[i : i + size]) for i in range(0, len(timings), size)]
+    kernels = cupti._cupti_get_timings(True)
+  return kernels
+
+
+def _per_call(kernels: Sequence[float], calls: int, name: str) -> list[float]:
+  """Milliseconds of kernels, as many in each call -> microseconds of each call."""
+  launched, rest = divmod(len(kernels), calls)
+  if rest or not launched:
+    raise RuntimeError(f"{name}: {len(kernels)} kernels ran in {calls} calls, which cannot be told apart.")
+  return [1e3 * sum(kernels[i : i + launched]) for i in range(0, len(kernels), launched)]

@@ -124,9 +124,10 @@ def main(argv):
   report.bar_plot(
     pathlib.Path(_OUT.value + ".png"),
     list(means),
-    [round(m, 1) for m in means.values()],
+    list(means.values()),
     f"Digits, MLP 64-128-128-10 at {_SPARSITY.value:.0%} sparsity, {_SEEDS.value} seeds",
     "test accuracy, %",
+    errors=list(errors.values()),
   )
 
 

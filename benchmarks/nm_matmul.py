@@ -410,12 +410,12 @@ def main(argv):
   began = time.monotonic()
   over = lambda: _BUDGET.value is not None and time.monotonic() - began > _BUDGET.value
   path = pathlib.Path(_OUT.value + ".json")
-  rows, failed = [], []
+  rows, failed, notes = [], [], {}
   if _RESUME.value and path.exists():
     before = json.loads(path.read_text())
     if before["environment"] != report.environment():
       raise SystemExit(f"{path} was measured elsewhere: {before['environment']}; run without --resume.")
-    rows = before["rows"]
+    rows, notes = before["rows"], {key: before[key] for key in ("notes",) if key in before}
   have = {(row["shape"], row["pattern"], row["B"]) for row in rows}
   everything = cases()
   todo = [case for case in everything if case.key not in have]
@@ -436,7 +436,7 @@ def main(argv):
     have = {(row["shape"], row["pattern"], row["B"]) for row in rows}
     missing = [case.key for case in everything if case.key not in have]
     seconds = {name: round(value, 1) for name, value in bench.seconds.items()}
-    report.write_json(path, rows, **setup, seconds=seconds, failed=failed, not_measured=missing)
+    report.write_json(path, rows, **setup, **notes, seconds=seconds, failed=failed, not_measured=missing)
 
   groups = itertools.groupby(todo, key=lambda case: (case.decompresses, case.k, case.o, case.batch))
   groups = [list(group) for _, group in groups]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import json
 import pathlib
 import platform
+import textwrap
 from typing import Any
 
 import jax
@@ -51,21 +52,29 @@ def bar_plot(
   title: str,
   xlabel: str,
   target: float | None = None,
+  errors: Sequence[float] | None = None,
 ) -> None:
-  """Horizontal bars with their values, and a line at the target."""
+  """Horizontal bars with their values, standard errors where there are any, and a line at the target."""
   import matplotlib
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  fig, ax = plt.subplots(figsize=(7, 0.4 * len(labels) + 1.2), constrained_layout=True)
-  bars = ax.barh(list(labels)[::-1], list(values)[::-1], color="#0072B2")
-  ax.bar_label(bars, fmt="%.3g", padding=3)
+  fig, ax = plt.subplots(figsize=(7, 0.4 * len(labels) + 1.3), constrained_layout=True)
+  reverse = lambda numbers: None if numbers is None else list(numbers)[::-1]
+  bars = ax.barh(reverse(labels), reverse(values), xerr=reverse(errors), color="#0072B2", ecolor="#222222")
   if target is not None:
     ax.axvline(target, color="#D55E00", linestyle="--", label=f"target {target:g}")
-    ax.legend(loc="lower right")
-  ax.margins(x=0.12)
-  ax.set_title(title, fontsize=10)
+    fig.legend(loc="outside lower right", fontsize=9)
+  if errors is None:
+    texts = [f"{value:#.3g}".rstrip(".") for value in values]
+  else:
+    texts = [f"{value:.1f} ± {error:.1f}" for value, error in zip(values, errors, strict=True)]
+  # On white, since the line at the target may run through them.
+  for text in ax.bar_label(bars, reverse(texts), padding=3):
+    text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+  ax.margins(x=0.12 if errors is None else 0.22)
+  fig.suptitle(textwrap.fill(title, 90), fontsize=10)
   ax.set_xlabel(xlabel)
   fig.savefig(path, dpi=130)
   plt.close(fig)

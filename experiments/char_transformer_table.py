@@ -137,7 +137,7 @@ def markdown(found: list[dict]) -> str:
     if "dense" in rows:
       cells = [loss(rows["dense"]), ""] * len(patterns)
     else:
-      closed = lambda r: f"{100 * r['gap closed']:.0f} ± {100 * r['gap error']:.0f} %" if "gap closed" in r else ""
+      closed = lambda r: f"{100 * r['gap closed']:z.0f} ± {100 * r['gap error']:.0f} %" if "gap closed" in r else ""
       cells = [cell for p in patterns for cell in ((loss(rows[p]), closed(rows[p])) if p in rows else ("", ""))]
     lines.append(f"| {name} | " + " | ".join(cells) + " |")
   return "\n".join(lines) + "\n"
@@ -161,7 +161,7 @@ def plot(path: pathlib.Path, found: list[dict]) -> None:
         axes.text(0.97 * furthest, i, f"{h:.2f}", ha="right", va="center", color="white", fontsize=9)
     axes.invert_yaxis()
     axes.set_title(pattern, fontsize=10)
-    axes.set_xlabel("held-out loss above dense (nats a character)")
+    axes.set_xlabel("loss above dense, nats a character", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
   fig.savefig(path)
 
@@ -204,7 +204,15 @@ if __name__ == "__main__":
     corpus = corpus_lib.load(base.folder)
     text = jnp.asarray(corpus.train)
     windows = jnp.asarray(char_transformer.validation_windows(corpus.validation, base.length, base.windows))
-    chosen = [row for row in rows(base) if not only or row[0] in only or f"{row[0]} {row[1]}" in only]
+    everything = list(rows(base))
+    place = {(name, pattern): i for i, (name, pattern, _) in enumerate(everything)}
+    unknown = set(only) - {name for name, _ in place} - {f"{name} {pattern}" for name, pattern in place}
+    if unknown:
+      raise app.UsageError(
+        f"--only: there is no {', '.join(sorted(unknown))}. Rows are {'; '.join(dict.fromkeys(n for n, _ in place))}, perhaps "
+        """with a pattern ("asp 2:4"); put names with a comma into double quotes: --only='asp,"step, floor 1"'."""
+      )
+    chosen = [row for row in everything if not only or row[0] in only or f"{row[0]} {row[1]}" in only]
     found = earlier(out.with_suffix(".json"), base, chosen)
     # All programs first: cuDNN's attention cannot be loaded while other threads compile ("capturing stream has unjoined
     # work").
@@ -219,6 +227,7 @@ if __name__ == "__main__":
         continue
       plain = {part: json.loads(config[part].to_json_best_effort()) for part in ("updater", "optimizer")}
       found.append({"method": name, "pattern": pattern, **done, **plain})
+      found.sort(key=lambda row: place[row["method"], row["pattern"]])
       write(out.with_suffix(".json"), summarize(found), base)
       tqdm.tqdm.write(f"{name} {pattern}: {np.mean(done['final']):.4f} in {done['seconds']:.1f} s")
     found = summarize(found)

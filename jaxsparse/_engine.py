@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsparse import _choice
@@ -335,8 +336,10 @@ def _check_selection(leaves, plans, nodes) -> None:
 
 def key_data(key: jax.Array | int) -> jax.Array:
   """An integer seed, a typed key of any kind or an old-style uint32 key -> uint32[2] of a threefry key."""
-  if isinstance(key, int):
+  if isinstance(key, (int, np.integer)):
     return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+  if not isinstance(key, (jax.Array, np.ndarray)):
+    raise TypeError(f"key must be an integer, jax.random.key(...) or jax.random.PRNGKey(...), got {key!r}.")
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     data = jax.random.key_data(key)
     return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)

@@ -113,12 +113,14 @@ def set_masks(opt_state: Any, masks: Any, tag: str | None = None) -> Any:
   """
   old = get_sparsity_state(opt_state, tag)
   paths, structure = jax.tree_util.tree_flatten_with_path(old.masks, is_leaf=_tree.is_mask_leaf)
-  given = jax.tree.leaves(masks, is_leaf=lambda m: m is None or _tree.is_mask_leaf(m) or hasattr(m, "detach"))
+  is_leaf = lambda m: m is None or _tree.is_mask_leaf(m) or hasattr(m, "detach")
+  given = jax.tree_util.tree_flatten_with_path(masks, is_leaf=is_leaf)[0]
   if len(given) != len(paths):
     raise ValueError(
-      f"masks has {len(given)} leaves, the optimizer state {len(paths)}: they belong to different models."
+      f"masks has {len(given)} leaves, the optimizer state {len(paths)}: they belong to different models, or leaves are "
+      f"missing (None stands for a dense one). {_tree.difference(given, paths, 'masks', 'the optimizer state')}"
     )
-  new = [_replace("masks" + jax.tree_util.keystr(path), node, mask) for (path, node), mask in zip(paths, given)]
+  new = [_replace("masks" + jax.tree_util.keystr(path), node, mask) for (path, node), (_, mask) in zip(paths, given)]
   state = old._replace(masks=structure.unflatten(new))
 
   def swap(node):
@@ -130,6 +132,15 @@ def set_masks(opt_state: Any, masks: Any, tag: str | None = None) -> Any:
     return node._replace(masks=treedef.unflatten(_tree.mask_leaves(state.masks)))
 
   return jax.tree.map(swap, opt_state, is_leaf=lambda x: isinstance(x, SparsityState))
+
+
+def require_state(state: Any) -> None:
+  """ValueError for what is not the state of an updater, where `tx.update` needs it."""
+  if not isinstance(state, SparsityState):
+    raise ValueError(
+      f"tx.update(grads, opt_state, params): opt_state must be what this optimizer's tx.init(params), or its last update, "
+      f"returned, got {type(state).__name__}."
+    )
 
 
 def require_set(node: Any) -> Any:
@@ -147,16 +158,20 @@ def require_set(node: Any) -> Any:
   return node
 
 
-def _merge(a: Any, b: Any) -> Any:
+def _merge(a: Any, b: Any, label: str = "params") -> Any:
   """One mask tree from two over different leaves; a MaskedNode may stand for a whole branch (`optax.partition`)."""
   if _tree.is_masked_node(a) or _tree.is_masked_node(b):
     return b if _tree.is_masked_node(a) else a
   if _tree.is_mask_leaf(a) and _tree.is_mask_leaf(b):
-    raise ValueError(f"2 updaters mask the same leaf of shape {tuple(a.shape)}: name one with tag=.")
-  (branches, structure), (others, other) = (jax.tree.flatten(x, is_leaf=lambda y, x=x: y is not x) for x in (a, b))
+    raise ValueError(f"Two updaters mask {label} (shape {tuple(a.shape)}): name one of them with tag=.")
+  (branches, structure), (others, other) = (
+    jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y, x=x: y is not x) for x in (a, b)
+  )
   if structure != other:
     raise ValueError("The optimizer state holds updaters over different models: name one with tag=.")
-  return structure.unflatten([_merge(x, y) for x, y in zip(branches, others, strict=True)])
+  return structure.unflatten(
+    [_merge(x, y, label + jax.tree_util.keystr(path)) for (path, x), (_, y) in zip(branches, others, strict=True)]
+  )
 
 
 def _find(opt_state: Any, tag: str | None) -> list[SparsityState]:

@@ -83,11 +83,12 @@ def match(leaves: Leaves, other: Any, what: str) -> list[Any]:
   if len(paths) != len(leaves.values):
     paths = _spread(leaves.names, paths)
   if len(paths) != len(leaves.values):
-    have = {leaf_name(path) for path, _ in paths}
-    want = set(leaves.names)
+    parameters = jax.tree_util.tree_flatten_with_path(leaves.treedef.unflatten(leaves.values), is_leaf=is_masked_node)[
+      0
+    ]
     raise ValueError(
       f"The parameters have {len(leaves.values)} leaves, {what} {len(paths)}: they are different trees. "
-      f"Only in the parameters: {_few(want - have)}; only in {what}: {_few(have - want)}."
+      + difference(parameters, paths, "the parameters", what)
     )
   nodes = [node for _, node in paths]
   check_shapes(leaves, nodes, what)
@@ -112,6 +113,12 @@ def check_shapes(leaves: Leaves, nodes: Sequence[Any], what: str) -> None:
       raise ValueError(
         f"{label} has shape {tuple(value.shape)}, but {what} {tuple(shape)}; both must come from the same model."
       )
+
+
+def difference(paths: Sequence[Any], others: Sequence[Any], what: str, other: str) -> str:
+  """What only one of two flattened trees has, for an error; `(path, leaf)` pairs and names of the trees."""
+  a, b = ({leaf_name(path) for path, _ in side} for side in (paths, others))
+  return f"Only in {what}: {_few(a - b)}; only in {other}: {_few(b - a)}."
 
 
 def _few(names) -> str:

@@ -73,10 +73,13 @@ class Updater:
   call: tuple[str, tuple[tuple[str, Any], ...]] | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
-    for name, kind in _FIELD_TYPES.items():
+    for name, (kind, example) in FIELDS.items():
       value = getattr(self, name)
-      if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {_describe(kind)}, got {value!r}.")
+      if not isinstance(value, (kind, type(None)) if name in _OPTIONAL else kind):
+        optional = ", or None" if name in _OPTIONAL else ""
+        hint = f" Call it: {value.__name__}(...)." if isinstance(value, type) else ""
+        hint = " Names are for create_updater({...})." if isinstance(value, str) else hint
+        raise TypeError(f"{name} must be {example}{optional}, got {value!r}.{hint}")
     if self.sparsity is not None:
       rules_lib.check_sparsity(self.sparsity, "sparsity")
     rules_lib.check_sparsity(self.initial_sparsity, "initial_sparsity")
@@ -163,6 +166,9 @@ class Updater:
       ValueError, TypeError: from `tx.init` or while tracing `tx.update`, for a configuration that does not fit the
         parameters; the message names the leaf.
     """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+      hint = f" Call it: {getattr(inner, '__name__', 'it')}(...)." if callable(inner) else ""
+      raise TypeError(f"wrap_optax takes an optimizer, such as optax.adam(1e-3), got {inner!r}.{hint}")
     inner = optax.with_extra_args_support(inner)
     zero_map = _zero_map.ZeroMap()
     engine = _compact_engine if self.storage == "compact" else _engine
@@ -171,6 +177,7 @@ class Updater:
       return engine.init(self, inner, params, key, tag)
 
     def update_fn(updates, state, params=None, **extra):
+      _state.require_state(state)
       return engine.update(self, inner, zero_map, updates, state, params, updates, extra)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -194,6 +201,7 @@ class Updater:
       return _engine.init(self, identity, params, key, tag)
 
     def update_fn(updates, state, params=None, *, grads=None, **extra):
+      _state.require_state(state)
       return _engine.update(self, identity, zero_map, updates, state, params, grads, extra)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -374,26 +382,21 @@ class Updater:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
-_FIELD_TYPES = {
-  "schedule": schedules.AbstractMaskSchedule,
-  "drop": (scorers.AbstractScorer, scorers.AbstractModelScorer),
-  "structure": structures.AbstractStructure,
-  "distribution": distributions.AbstractDistribution,
-  "rules": rules_lib.Rules,
-  "forward": forwards.AbstractForward,
-  "init": (scorers.AbstractScorer, type(None)),
-  "grow": (scorers.AbstractScorer, type(None)),
-  "drop_fraction": (schedules.AbstractDropFraction, type(None)),
-  "surplus": (schedules.AbstractDropFraction, type(None)),
-  "init_distribution": (distributions.AbstractDistribution, type(None)),
+# What a field must be, and an example for who gives something else.
+FIELDS = {
+  "schedule": (schedules.AbstractMaskSchedule, "a schedule such as schedules.Polynomial(every=100, stop=5000)"),
+  "drop": ((scorers.AbstractScorer, scorers.AbstractModelScorer), "a scorer such as scorers.Magnitude()"),
+  "structure": (structures.AbstractStructure, "a structure such as NM(2, 4), Block((16, 16)) or Unstructured()"),
+  "distribution": (distributions.AbstractDistribution, "a distribution such as Uniform(), ERK() or Global()"),
+  "rules": (rules_lib.Rules, "Rules((regular expression, None | structure | sparsity), ...)"),
+  "forward": (forwards.AbstractForward, "a forward such as forwards.Hard() or forwards.StraightThrough()"),
+  "init": (scorers.AbstractScorer, "a scorer such as scorers.Random()"),
+  "grow": (scorers.AbstractScorer, "a scorer such as scorers.GradientMagnitude()"),
+  "drop_fraction": (schedules.AbstractDropFraction, "a number or schedule such as schedules.CosineFraction(0.3)"),
+  "surplus": (schedules.AbstractDropFraction, "a schedule such as schedules.ConstantFraction(0.1)"),
+  "init_distribution": (distributions.AbstractDistribution, "a distribution such as ERK()"),
 }
-
-
-def _describe(kind) -> str:
-  kinds = kind if isinstance(kind, tuple) else (kind,)
-  return " or ".join(
-    "None" if k is type(None) else f"one of jaxsparse's {k.__name__.removeprefix('Abstract')}s" for k in kinds
-  )
+_OPTIONAL = ("init", "grow", "drop_fraction", "surplus", "init_distribution")
 
 
 def _map(params, masks, fn):

@@ -100,9 +100,11 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
   arguments = {k: v for k, v in config.items() if k != "name"}
   name = config.get("name")
   if name not in _CLASSES:
-    raise ValueError(
-      f"{key}: there is no {name!r}.{_registry.nearest(str(name), _CLASSES)} Known names: {', '.join(sorted(_CLASSES))}."
-    )
+    kind = _updater.FIELDS[key][0] if key in _updater.FIELDS else object
+    known = sorted(known for known, cls in _CLASSES.items() if issubclass(cls, kind))
+    near = _registry.nearest(str(name), known)
+    problem = f"there is no {name!r}.{near}" if "name" in config else f"{arguments} needs a name."
+    raise ValueError(f"{key}: {problem} Known names: {', '.join(known)}.")
   cls = _CLASSES[name]
   _registry.check_arguments(name, inspect.signature(cls), arguments)
   return cls(**{k: _argument(k, v) for k, v in arguments.items()})

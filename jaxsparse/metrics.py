@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _state
 from jaxsparse import _tree
 from jaxsparse import masks as masks_lib
 
@@ -29,7 +30,6 @@ def summarize_sparsity(tree: Any, only_total: bool = False, params: Any = None) 
     "path/of/leaf" -> sparsity, and "_total_sparsity". Works under jit.
 
   >>> import jax.numpy as jnp
-  >>> import optax
   >>> import optax
   >>> {k: float(v) for k, v in summarize_sparsity({"w": jnp.array([1., 0., 0., 0.])}).items()}
   {'w': 0.75, '_total_sparsity': 0.75}
@@ -64,10 +64,7 @@ def summarize_intersection(masks_a: Any, masks_b: Any, only_total: bool = False)
   Returns:
     "path/of/leaf" -> share in [0, 1], and "_total_intersection".
   """
-  a, b = _mask_leaves(masks_a), _mask_leaves(masks_b)
-  if a.keys() != b.keys():
-    raise ValueError(f"The trees differ: only one of them has {sorted(a.keys() ^ b.keys())[:5]}.")
-  _refuse_positions({**a, **b}, "summarize_intersection")
+  a, b = _pair(masks_a, masks_b, "summarize_intersection")
   both = {n: jnp.sum((a[n] != 0) & (b[n] != 0), dtype=jnp.float32) for n in a}
   kept = {n: jnp.sum(a[n] != 0, dtype=jnp.float32) for n in a}
   total = sum(both.values(), jnp.float32(0)) / jnp.maximum(sum(kept.values(), jnp.float32(0)), 1)
@@ -77,8 +74,7 @@ def summarize_intersection(masks_a: Any, masks_b: Any, only_total: bool = False)
 
 def mask_churn(old: Any, new: Any) -> jax.Array:
   """Sparse architecture divergence (SAD): how many mask bits differ between two mask trees; shape=(), float32."""
-  a, b = _mask_leaves(old), _mask_leaves(new)
-  _refuse_positions({**a, **b}, "mask_churn")
+  a, b = _pair(old, new, "mask_churn")
   return sum((jnp.sum((a[n] != 0) != (b[n] != 0), dtype=jnp.float32) for n in a), jnp.float32(0))
 
 
@@ -122,12 +118,27 @@ def _kept(params, masks) -> dict[str, int]:
 
 
 def _mask_leaves(tree: Any) -> dict[str, Any]:
+  is_state = lambda node: isinstance(node, _state.SparsityState)
+  if any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state))):
+    raise TypeError("This is an optimizer state, whose moments and counts are no masks: pass js.get_masks(opt_state).")
   paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_mask_leaf)[0]
   return {
     _tree.leaf_name(path): node if isinstance(node, masks_lib.Positions) else _tree.to_array(masks_lib.unpack(node))
     for path, node in paths
     if not _tree.is_masked_node(node)
   }
+
+
+def _pair(first: Any, second: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Leaves of two mask trees of one model."""
+  a, b = _mask_leaves(first), _mask_leaves(second)
+  if a.keys() != b.keys():
+    raise ValueError(f"{name}: the trees differ, only one of them has {sorted(a.keys() ^ b.keys())[:5]}.")
+  _refuse_positions({**a, **b}, name)
+  for leaf in a:
+    if a[leaf].shape != b[leaf].shape:
+      raise ValueError(f"{name}: {leaf} has shape {a[leaf].shape} in the one tree and {b[leaf].shape} in the other.")
+  return a, b
 
 
 def _count(leaf) -> jax.Array:

@@ -153,20 +153,9 @@ def scale_by_adam_nm(
     scale = optax.tree.bias_correction(nu, b2, t)
     frozen_at, changes = state.frozen_at, state.changes
     if freeze_nu is not None:
-      frozen = state.frozen_at >= 0
-      # Sums over all weights are slow beside the elementwise rest: none after the switch, means only in that update.
-      measure = lambda: _change(squared, state.nu, b2, masks, freeze_nu.mean)
-      changes = changes.at[state.count % window].set(jax.lax.cond(frozen, lambda: jnp.float32(0), measure))
-      settled = (state.count >= freeze_nu.earliest) & (jnp.mean(changes) < eps)
-      if freeze_nu.latest is not None:
-        settled |= state.count >= freeze_nu.latest
-      now = settled & ~frozen
-      frozen_at = jnp.where(now, state.count, state.frozen_at)
-      lowest = jax.lax.cond(now, lambda: _floors(squared, state.nu, b2, nu_floor), lambda: _zeros(state.nu))
-      # The step reads the moment that is stored, so that XLA can write it in place of the old one.
-      hold = lambda old, new, low: jnp.where(frozen, old, jnp.maximum(new, low.astype(new.dtype)))
-      nu = jax.tree.map(hold, state.nu, nu, lowest)
-      correction = 1 - b2 ** jnp.where(frozen, frozen_at + 1, t)
+      changes, now = _settled(freeze_nu, state, squared, masks, b2, eps)
+      nu, frozen_at = _held(state, now, squared, nu, b2, nu_floor)
+      correction = 1 - b2 ** jnp.where(state.frozen_at >= 0, frozen_at + 1, t)
       scale = jax.tree.map(lambda n: n / correction.astype(n.dtype), nu)
     out = jax.tree.map(lambda u, s: u / (jnp.sqrt(s) + eps), direction, scale)
     return out, AdamNMState(t, mu, nu, frozen_at, changes, options)
@@ -235,6 +224,28 @@ def _pulled(mu, params, masks, kind, strength, mix):
       for m, p, mask in zip(leaves, values, nodes)
     ]
   )
+
+
+def _settled(switch, state, squared, masks, b2, eps):
+  """(the latest changes of `nu`, whether it is fixed from this update on: bool, shape=())."""
+  frozen = state.frozen_at >= 0
+  # Sums over all weights are slow beside the elementwise rest: none after the switch.
+  measure = lambda: _change(squared, state.nu, b2, masks, switch.mean)
+  latest = jax.lax.cond(frozen, lambda: jnp.float32(0), measure)
+  changes = state.changes.at[state.count % state.changes.size].set(latest)
+  settled = (state.count >= switch.earliest) & (jnp.mean(changes) < eps)
+  if switch.latest is not None:
+    settled |= state.count >= switch.latest
+  return changes, settled & ~frozen
+
+
+def _held(state, now, squared, nu, b2, floor):
+  """(`nu`, `frozen_at`): the old ones once fixed; in the update that fixes `nu`, with its floor."""
+  # The means are taken in that update only.
+  lowest = jax.lax.cond(now, lambda: _floors(squared, state.nu, b2, floor), lambda: _zeros(state.nu))
+  # The step reads the moment that is stored, so that XLA can write it in place of the old one.
+  hold = lambda old, new, low: jnp.where(state.frozen_at >= 0, old, jnp.maximum(new, low.astype(new.dtype)))
+  return jax.tree.map(hold, state.nu, nu, lowest), jnp.where(now, state.count, state.frozen_at)
 
 
 def _change(signal, nu, b2, masks, mean):

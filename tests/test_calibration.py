@@ -164,6 +164,8 @@ def test_alps_beats_wandas_mask_with_the_best_weights(kind):
     pruned = calibration.alps(w, gram, structure, keep)
     assert reference.error(pruned.weight, w, gram) < 0.9 * wanda
     assert int(pruned.mask.sum()) == int(mask.sum())
+    best = reference.error(reference.least_squares(w, gram, np.asarray(pruned.mask)), w, gram)
+    assert reference.error(pruned.weight, w, gram) < (1 + 2e-5) * best
     assert not np.any(np.asarray(pruned.weight)[~np.asarray(pruned.mask)])
   # With nothing to make up for, the best that any method can do is magnitude.
   best = calibration.select(jnp.square(w), structure, keep)
@@ -210,11 +212,14 @@ def test_dead_inputs_and_gram_matrices_that_are_not_positive(caplog):
   w, _, gram = layer()
   dead = gram.copy()
   dead[5], dead[:, 5] = 0, 0
-  pruned = calibration.sparsegpt(w, dead, js.FixedFanIn(), 16)
-  assert not np.any(pruned.weight[5]) and np.isfinite(pruned.weight).all()
+  for scale in (1, 1e-4):  # a dead input's diagonal of 1 is above or below the others
+    pruned = calibration.sparsegpt(w, dead * scale, js.FixedFanIn(), 16)
+    assert not np.any(pruned.weight[5]) and np.isfinite(pruned.weight).all()
   indefinite = gram - 0.05 * np.trace(gram) / K * np.eye(K, dtype=np.float32)
   pruned = calibration.sparsegpt(w, indefinite, js.FixedFanIn(), 16)
   assert float(pruned.damping) > 0.01
+  undamped = calibration.sparsegpt(w, indefinite, js.FixedFanIn(), 16, damping=0.0)
+  assert float(undamped.damping) > 0.01 and np.isfinite(undamped.weight).all()
   with caplog.at_level(logging.WARNING):
     calibration.check_pruned(pruned, "blocks/3/down")
   assert "blocks/3/down" in caplog.text and "damping" in caplog.text
@@ -241,10 +246,11 @@ class TestDsnot:
     pattern = structure or js.FixedFanIn()
     keep = keep_of(pattern, None if structure else 0.7)
     mask = calibration.select(calibration.wanda_scores(w, statistics.norm), pattern, keep)
-    better = calibration.dsnot(w, mask, statistics, structure, cycles=20, threshold=1e-3, stop_on_sign_flip=stop)
+    power, options = 1.0 if stop else 0.5, dict(cycles=20, threshold=0.2, stop_on_sign_flip=stop)
+    better = calibration.dsnot(w, mask, statistics, structure, variance_power=power, **options)
     mean, variance, norm = (np.asarray(a, np.float64) for a in (statistics.mean, statistics.variance, statistics.norm))
     group = 4 if structure else K
-    expected = reference.dsnot(w, np.asarray(mask), mean, variance, norm, group, 20, 1e-3, stop)
+    expected = reference.dsnot(w, np.asarray(mask), mean, variance**power, norm, group, 20, 0.2, stop)
     np.testing.assert_array_equal(better, expected)
     assert np.any(expected != np.asarray(mask))
 
@@ -313,6 +319,19 @@ class TestQuantisation:
     assert packed.bits == bits and packed.scale_group == group
     np.testing.assert_array_equal(packed.to_dense(), result.to_dense())
 
+  def test_gptq_scales_by_what_is_kept(self):
+    """Two inputs that are alike: what rounding the first would pull the second to is no part of a mask without it."""
+    gram = (
+      np.eye(4, dtype=np.float32) + 0.99 * np.eye(4, k=3, dtype=np.float32) + 0.99 * np.eye(4, k=-3, dtype=np.float32)
+    )
+    w = np.array([[0.93, 1.0], [1.0, 0.45], [0.001, 0.3], [0.5, 0.2]], np.float32)
+    mask = np.array([[True, True], [True, True], [True, False], [False, False]])
+    values, scales = reference.gptq(w, gram, mask, 4, 2)
+    result = calibration.gptq(w, gram, mask, bits=4, group=2)
+    np.testing.assert_allclose(result.scales, scales, rtol=1e-4)
+    np.testing.assert_array_equal(result.values, values)
+    assert scales[1, 1] == 1 and np.isfinite(result.to_dense()).all()  # a run of which nothing is kept
+
   def test_a_dense_layout_rounds_as_the_packed_one(self):
     w = jnp.asarray(layer()[0])
     mask = calibration.select(jnp.abs(w), js.NM(2, 4), 2)
@@ -366,6 +385,37 @@ def test_patterns_that_a_layer_cannot_reach(shape, structure, sparsity, message)
 def test_structures_without_rows_are_refused():
   with pytest.raises(ValueError, match="not pruned in blocks of rows"):
     calibration.sparsegpt(layer()[0], layer()[2], js.Channel(), 4)
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (
+      lambda w, g: calibration.sparsegpt(w, g[:8], js.NM(2, 4), 2),
+      r"sparsegpt: gram has shape \(8, 32\).*\(32, 32\), X\^T X",
+    ),
+    (lambda w, g: calibration.alps(w, w, js.NM(2, 4), 2), r"alps: gram has shape \(32, 24\)"),
+    (
+      lambda w, g: calibration.gptq(w, g, w[:, :5] > 0, group=8),
+      r"gptq: mask has shape \(32, 5\); .* must be \(32, 24\)",
+    ),
+    (lambda w, g: calibration.refit(w, w, g, w[1:] > 0), "refit: mask has shape"),
+    (lambda w, g: calibration.refit(w, w[1:], g, w > 0), "refit: target has shape"),
+    (lambda w, g: calibration.dsnot(w, w > 0, calibration.init_statistics(7)), r"dsnot: norm has shape \(7,\)"),
+    (lambda w, g: calibration.corrected_target(w, g, w.T), "corrected_target: moment has shape"),
+    (lambda w, g: calibration.cospadi(w, w, 8, 2), "cospadi: gram has shape"),
+    (lambda w, g: calibration.wanda_scores(w, g), r"wanda_scores: norm has shape \(32, 32\); .* one for each input"),
+    (lambda w, g: calibration.prune(w, w.T, js.NM(2, 4), 2), "prune: scores has shape"),
+    (lambda w, g: calibration.prune(w[None], w[None], js.NM(2, 4), 2), r"w has shape \(1, 32, 24\); one layer"),
+    (lambda w, g: calibration.prune(w, w, js.NM(2, 4), 5), "keep=5: a group of NM.* has 4 units"),
+    (lambda w, g: calibration.prune(w, w, "2:4", 2), "structure must be a structure .*got '2:4'"),
+    (lambda w, g: calibration.keep_units("2:4", w.shape), "structure must be a structure .*got '2:4'"),
+  ],
+)
+def test_arguments_of_another_layer_are_named(call, message):
+  w, _, gram = layer()
+  with pytest.raises((ValueError, TypeError), match=message):
+    call(w, gram)
 
 
 class TestRSparse:

@@ -168,8 +168,11 @@ def trajectory(tx, params, state, counts):
 def test_set_swaps_in_place():
   """Updates 2, 5 and 8: the smallest go, as many that were absent come, at zero and with zero moments; all else stays."""
   tx, params, state = set_run()
-  (_, last), (weights, states) = trajectory(tx, params, state, jnp.arange(11))
+  (final, last), (weights, states) = trajectory(tx, params, state, jnp.arange(11))
+  exported, dense = factory("set").export(final, last)[0], factory("set").dense_params(final, last)
+  assert (np.diff(np.asarray(exported["fan"].indices, np.int32), axis=0) > 0).all()
   for leaf in SHAPES:
+    np.testing.assert_array_equal(exported[leaf].to_dense(), dense[leaf])
     start = np.asarray(state.masks[leaf].indices), np.asarray(params[leaf])
     adam = [np.asarray(tree[leaf]) for tree in moments(states)]
     check_swaps(leaf == "fan", start, np.asarray(states.masks[leaf].indices), np.asarray(weights[leaf]), adam)
@@ -204,6 +207,36 @@ def check_swaps(is_fan, start, indices, values, adam):
       for moment in adam:
         assert (moment[t][gone] == 0).all() and np.array_equal(moment[t][~gone], moment[t - 1][~gone])
     before, kept = new, now
+
+
+def test_chunks_of_outputs_draw_for_themselves():
+  """Outputs with the same inputs, 7 apart, do not grow the same ones."""
+  tx, params, state = set_run()
+  node, first = state.masks["fan"], jnp.arange(5, dtype=jnp.uint8)
+  same = js.Positions(jnp.broadcast_to(first[:, None], node.shape), node.plan, node.shape, node.structure)
+  state = js.set_masks(state, js.get_masks(state) | {"fan": same})
+  _, (_, states) = trajectory(tx, params, state, jnp.arange(11))
+  grown = [set(column.tolist()) - set(range(5)) for column in np.asarray(states.masks["fan"].indices)[2].T]
+  assert all(grown)
+  # The last chunk begins at output 13.
+  assert not all(a <= b or b <= a for a, b in zip(grown[:6], grown[7:13]))
+
+
+def test_leaves_draw_for_themselves_and_take_what_there_is():
+  shape = (12, 6)
+  rules = js.Rules(("[ab]", js.Compact(FAN_IN, shape)), ("c", js.Compact(js.FixedFanIn(9), shape)))
+  updater = js.get_algorithm("set")(rules=rules, distribution=js.Uniform(), every=1, stop=9, drop_fraction=0.9)
+  params, masks = updater.compact_init(dict.fromkeys("abc", jax.ShapeDtypeStruct(shape, jnp.float32)), key=0)
+  assert (params["a"] != params["b"]).any() and (masks["a"].indices != masks["b"].indices).any()
+  params, masks = params | {"b": params["a"]}, masks | {"b": masks["a"]}
+  tx = updater.wrap_optax(optax.sgd(0.1))
+  state = js.set_masks(tx.init(params), masks)
+  after = js.get_masks(jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)[1])
+  assert (after["a"].indices != after["b"].indices).any()
+  # Nine tenths of the nine inputs should go, and three are absent: those come, for the three smallest.
+  gone = np.asarray(after["c"].indices != masks["c"].indices)
+  assert after["c"].problem() == ""
+  np.testing.assert_array_equal(gone, np.argsort(np.argsort(np.abs(params["c"]), axis=0), axis=0) < 3)
 
 
 def test_restored_training_continues_bit_for_bit(tmp_path):
@@ -241,6 +274,9 @@ def test_swap_ignores_candidates_that_do_not_count():
   # The first 5 counts; the dropped 0 comes back, since its score is above that of 6, which is unknown.
   assert indices[:, 0].tolist() == [0, 5, 2, 3] and stay[:, 0].tolist() == [True, False, True, True]
   indices, stay = swap(jnp.array([0]))
+  assert indices[:, 0].tolist() == [0, 1, 2, 3] and stay.all()
+  # Where no candidate counts, all that has been dropped comes back, whatever its score.
+  indices, stay = fan_in.swap(old, drop, again, jnp.array([[2], [8]]), jnp.ones((2, 1)), jnp.array([2]), 8)
   assert indices[:, 0].tolist() == [0, 1, 2, 3] and stay.all()
 
 
@@ -448,6 +484,7 @@ BAD = {
   "dense storage": (lambda: js.sr_ste(structure=COMPACT), ValueError, "Hard"),
   "joint": (lambda: js.granet(0.5, stop=10, structure=COMPACT), ValueError, "joint"),
   "surplus": (lambda: js.mest(0.5, every=1, stop=100, structure=COMPACT), ValueError, "surplus"),
+  "packed": (lambda: js.static_sparse(structure=COMPACT, pack_masks=True), ValueError, "pack_masks=False"),
   "momentum": (lambda: js.snfs(0.5, stop=10, structure=COMPACT), ValueError, "grow="),
   "no growth": (lambda: js.magnitude(stop=10, structure=COMPACT), ValueError, "constant fan-in"),
   "first masks by weights": (

@@ -13,6 +13,7 @@ import pytest
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.nm_matmul import _decode
 from jaxsparse.ops.nm_matmul import _decode_layout as dl
+from jaxsparse.ops.nm_matmul import _decode_pack
 from jaxsparse.ops.nm_matmul import _decode_program as program
 
 needs_pallas = pytest.mark.skipif(mg.unavailable() is not None, reason=str(mg.unavailable()))
@@ -60,7 +61,7 @@ def dense_f64(values, indices, scales, reduction, m, group):
 
 def spec(batch, reduction, outputs, n, m, dtype="bfloat16", group=0, scale_dtype="", x_dtype=None):
   """Shapes of (x, layout)."""
-  chunk = dl.chunk_of(n, m, dl._VALUE_DTYPES[dtype], group, scale_dtype)
+  chunk = dl.chunk_of(n, m, dl.VALUE_DTYPES[dtype], group, scale_dtype)
   step = 64 * chunk.parts
   data = jax.ShapeDtypeStruct((-(-outputs // 64), -(-reduction // step), chunk.nbytes // 4), jnp.int32)
   layout = dl.DecodeLayout(data, n, m, (reduction, outputs), dtype, group, scale_dtype)
@@ -77,9 +78,9 @@ class TestLayout:
   def test_round_trip_is_bit_exact(self, n, m, kind):
     dtype, group, scale_dtype, _ = VALUES[kind]
     values, indices, scales = weight(n * m, 272, 70, n, m, dtype, group, scale_dtype)
-    layout = dl.pack_decode(values, indices, n, m, scales)
+    layout = _decode_pack.pack_decode(values, indices, n, m, scales)
     assert layout.shape == (272, 70) and layout.nbytes == layout.data.size * 4
-    back = dl.unpack_decode(layout)
+    back = _decode_pack.unpack_decode(layout)
     assert back[1].dtype == jnp.uint8
     np.testing.assert_array_equal(back[1], indices)
     np.testing.assert_array_equal(bits(back[0]), bits(values))
@@ -91,14 +92,14 @@ class TestLayout:
   @pytest.mark.parametrize("group", [32, 64, 128, 384])
   def test_scale_groups(self, group):
     values, indices, scales = weight(0, 700, 64, 2, 4, "int4", group, "bfloat16")
-    layout = dl.pack_decode(values, indices, 2, 4, scales, shape=(700, 64))
+    layout = _decode_pack.pack_decode(values, indices, 2, 4, scales, shape=(700, 64))
     assert layout.group == group
-    np.testing.assert_array_equal(bits(dl.unpack_decode(layout)[2]), bits(scales))
+    np.testing.assert_array_equal(bits(_decode_pack.unpack_decode(layout)[2]), bits(scales))
 
   def test_special_values_survive(self):
     values, indices, _ = weight(1, 64, 64, 2, 4)
     values = values.at[0, 0].set(jnp.inf).at[1, 1].set(-0.0).at[2, 0].set(0.0).at[3, 0].set(jnp.nan)
-    back, _, _ = dl.unpack_decode(dl.pack_decode(values, indices, 2, 4))
+    back, _, _ = _decode_pack.unpack_decode(_decode_pack.pack_decode(values, indices, 2, 4))
     np.testing.assert_array_equal(bits(back), bits(values))
 
   @pytest.mark.parametrize(
@@ -112,30 +113,30 @@ class TestLayout:
     assert layout.nbytes == share * 2 * 1024 * 128
 
   def test_crosses_jit_and_scan(self):
-    parts = [dl.pack_decode(*weight(s, 64, 64, 1, 8)[:2], 1, 8) for s in range(3)]
+    parts = [_decode_pack.pack_decode(*weight(s, 64, 64, 1, 8)[:2], 1, 8) for s in range(3)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *parts)
-    _, unpacked = jax.lax.scan(lambda c, layout: (c, dl.unpack_decode(layout)[0]), 0, stacked)
-    np.testing.assert_array_equal(bits(unpacked[2]), bits(dl.unpack_decode(parts[2])[0]))
+    _, unpacked = jax.lax.scan(lambda c, layout: (c, _decode_pack.unpack_decode(layout)[0]), 0, stacked)
+    np.testing.assert_array_equal(bits(unpacked[2]), bits(_decode_pack.unpack_decode(parts[2])[0]))
 
   def test_bad_arguments(self):
     values, indices, _ = weight(0, 64, 64, 2, 4)
     with pytest.raises(ValueError, match="m = 4, 8 or 16, got 1:2"):
-      dl.pack_decode(values, indices, 1, 2)
+      _decode_pack.pack_decode(values, indices, 1, 2)
     with pytest.raises(ValueError, match="1 <= n <= m / 2, got 3:4"):
-      dl.pack_decode(values, indices, 3, 4)
+      _decode_pack.pack_decode(values, indices, 3, 4)
     with pytest.raises(TypeError, match="values are float32"):
-      dl.pack_decode(values.astype(jnp.float32), indices, 2, 4)
+      _decode_pack.pack_decode(values.astype(jnp.float32), indices, 2, 4)
     with pytest.raises(ValueError, match=r"must both be \[K / 4, 2, O\]"):
-      dl.pack_decode(values, indices[:4], 2, 4)
+      _decode_pack.pack_decode(values, indices[:4], 2, 4)
     with pytest.raises(ValueError, match=r"shape \(80, 64\) does not fit"):
-      dl.pack_decode(values, indices, 2, 4, shape=(80, 64))
+      _decode_pack.pack_decode(values, indices, 2, 4, shape=(80, 64))
     with pytest.raises(ValueError, match="5 scale rows for K = 64"):
-      dl.pack_decode(values.astype(jnp.int8), indices, 2, 4, jnp.ones((5, 64), jnp.bfloat16))
+      _decode_pack.pack_decode(values.astype(jnp.int8), indices, 2, 4, jnp.ones((5, 64), jnp.bfloat16))
     with pytest.raises(TypeError, match="scales are int8"):
-      dl.pack_decode(values.astype(jnp.int8), indices, 2, 4, jnp.ones((1, 64), jnp.int8))
+      _decode_pack.pack_decode(values.astype(jnp.int8), indices, 2, 4, jnp.ones((1, 64), jnp.int8))
     values, indices, scales = weight(0, 64, 64, 1, 8, "int8", 32, "bfloat16")
     with pytest.raises(ValueError, match="groups of 32 need m = 4, got 1:8"):
-      dl.pack_decode(values, indices, 1, 8, scales)
+      _decode_pack.pack_decode(values, indices, 1, 8, scales)
 
 
 class TestProgram:
@@ -146,7 +147,7 @@ class TestProgram:
   def test_every_entry_meets_its_x(self, n, m, kind):
     dtype, group, scale_dtype, multiply = VALUES[kind]
     values, indices, scales = weight(n + m, 144, 70, n, m, dtype, group, scale_dtype)
-    layout = dl.pack_decode(values, indices, n, m, scales)
+    layout = _decode_pack.pack_decode(values, indices, n, m, scales)
     x = np.random.default_rng(0).standard_normal((3, 144))
     reference = x @ dense_f64(values, indices, scales, 144, m, group)
     np.testing.assert_allclose(
@@ -155,7 +156,7 @@ class TestProgram:
 
   def test_scale_groups_of_32(self):
     values, indices, scales = weight(7, 160, 64, 2, 4, "int8", 32, "float32")
-    layout = dl.pack_decode(values, indices, 2, 4, scales)
+    layout = _decode_pack.pack_decode(values, indices, 2, 4, scales)
     x = np.random.default_rng(1).standard_normal((9, 160))
     reference = x @ dense_f64(values, indices, scales, 160, 4, 32)
     np.testing.assert_allclose(mma_sp.decode(x, layout, "bfloat16"), reference, rtol=1e-12, atol=1e-10)
@@ -166,7 +167,7 @@ class TestProgram:
     halves = jnp.asarray(np.tile(integers, 8 // width + 1)[: len(integers)].reshape(1, -1), jnp.int32).astype(
       jnp.uint16
     )
-    words = np.asarray(dl._value_words(halves, width))[0]
+    words = np.asarray(_decode_pack._value_words(halves, width))[0]
     got = [
       program._widen(mma_sp.NumpyOps(np.zeros(16, np.uint8), dtype), w, width, dtype) for w in words.reshape(-1, 1)
     ]
@@ -362,7 +363,7 @@ def test_slices_of_a_large_batch(monkeypatch):
 
   monkeypatch.setattr(_decode, "_call", call)
   x = jnp.arange(50 * 64, dtype=jnp.bfloat16).reshape(50, 64)
-  layout = dl.pack_decode(*weight(0, 64, 64, 2, 4)[:2], 2, 4)
+  layout = _decode_pack.pack_decode(*weight(0, 64, 64, 2, 4)[:2], 2, 4)
   np.testing.assert_array_equal(np.asarray(_decode.nm_matmul_decode(x, layout), float), np.asarray(x, float))
   assert calls == [32, 18]
   assert dataclasses.replace(layout, shape=(64, 64)).bits == 16

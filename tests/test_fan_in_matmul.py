@@ -87,6 +87,7 @@ def test_round_trip():
   assert w.nbytes == 4 * 6 * 3 and w.shape == (9, 6) and w.fan_in == 4 and w.pattern == "fan-in 4"
   room = js.FixedFanInArray.from_dense(jnp.eye(4), 2)  # a free slot holds a zero somewhere else
   np.testing.assert_array_equal(room.to_dense(jnp.bfloat16), jnp.eye(4, dtype=jnp.bfloat16))
+  assert (jnp.diff(room.indices.astype(int), axis=0) > 0).all()
   trainable, fixed = js.arrays.partition(w)
   assert [leaf.shape for leaf in jax.tree.leaves(trainable)] == [(4, 6)]
   np.testing.assert_array_equal(js.arrays.combine(trainable, fixed).to_dense(), w.to_dense())
@@ -151,6 +152,11 @@ BAD = {
   "tiles": (lambda x, w, dy: js.ops.block_gradient_scores(x, dy, (5, 1)), ValueError, "do not tile"),
   "twice": (lambda x, w, dy: js.FixedFanInArray(w.values, w.indices * 0, inputs=12), ValueError, "output 0"),
   "outside": (lambda x, w, dy: js.FixedFanInArray(w.values, w.indices, inputs=11), ValueError, "different numbers"),
+  "negative": (
+    lambda x, w, dy: js.FixedFanInArray(w.values, w.indices.astype(jnp.int32).at[0, 2].set(-1), inputs=12),
+    ValueError,
+    "output 2",
+  ),
   "shapes": (lambda x, w, dy: js.FixedFanInArray(w.values[1:], w.indices, inputs=12), ValueError, "shape"),
   "floats": (lambda x, w, dy: js.FixedFanInArray(w.values, w.values, inputs=12), TypeError, "indices"),
   "fan-in": (lambda x, w, dy: js.FixedFanInArray(w.values, w.indices, inputs=3), ValueError, "of inputs=3"),

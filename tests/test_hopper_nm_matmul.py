@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsparse import arrays
 from jaxsparse.arrays import NMArray
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.nm_matmul import _hopper
@@ -63,6 +64,12 @@ class TestLayout:
     back = hl.pack(w).unpack()
     np.testing.assert_array_equal(back.indices, w.indices)
     np.testing.assert_array_equal(back.values, w.values)
+
+  def test_values_with_free_slots_among_them_do_not_train(self):
+    tree = {"1:4": hl.pack(random_weight(0, 64, 8, 1, 4)), "2:4": hl.pack(random_weight(0, 64, 8))}
+    trainable, fixed = arrays.partition(tree)
+    assert trainable["1:4"] is None and fixed["1:4"] is tree["1:4"]
+    assert trainable["2:4"].values is tree["2:4"].values and fixed["2:4"].values is None
 
   def test_golden_word(self):
     # Groups of 4 keep (0, 1), (0, 2), (1, 3), (2, 3): nibbles 4, 8, 13, 14, the first group lowest.

@@ -63,8 +63,11 @@ def test_summarize_intersection():
   got = floats(js.summarize_intersection(OLD, NEW))
   assert got == pytest.approx({"a": 0.5, "b": 0.0, "_total_intersection": 1 / 3})
   assert floats(js.summarize_intersection(OLD, OLD, only_total=True)) == {"_total_intersection": 1.0}
-  with pytest.raises(ValueError, match="The trees differ.*'b'"):
-    js.summarize_intersection(OLD, {"a": OLD["a"]})
+  for compare in (js.summarize_intersection, js.mask_churn):
+    with pytest.raises(ValueError, match="the trees differ.*'b'"):
+      compare(OLD, {"a": OLD["a"]})
+    with pytest.raises(ValueError, match=": b has shape"):
+      compare(OLD, OLD | {"b": jnp.ones(1, bool)})
 
 
 def test_mask_churn():

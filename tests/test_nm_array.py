@@ -341,7 +341,12 @@ def test_safetensors_errors(tmp_path, monkeypatch):
     js.arrays.load_safetensors(path, like={"w": tree["w"], "b": jnp.ones(4)})
   with pytest.raises(ValueError, match=r"'w' is NMArray\(2:4.*wanted is NMArray\(1:4"):
     js.arrays.load_safetensors(path, like={"w": weight(8, 3, 1, 4)[2], "b": tree["b"]})
+  with pytest.raises(ValueError, match="'b' is a dense float32 .*wanted is a dense bfloat16"):
+    js.arrays.load_safetensors(path, like={"w": tree["w"], "b": jnp.ones(3, jnp.bfloat16)})
   whole = path.read_bytes()
+  path.write_bytes(whole.replace(b'{\\"version\\": 1', b'{\\"version\\": 9', 1))
+  with pytest.raises(ValueError, match="has format 9; this jaxsparse reads up to 1"):
+    js.arrays.load_safetensors(path)
   path.write_bytes(whole[:-5])
   with pytest.raises(ValueError, match="no complete safetensors file"):
     js.arrays.load_safetensors(path)

@@ -58,7 +58,17 @@ def test_sparsity_of_another_type(sparsity):
     (lambda: js.gmp(sparsity=0.5, initial_sparsity=0.8, stop=9), ValueError, "must not exceed"),
     (lambda: js.magnitude(sparsity=0.5, stop=9, sparstiy=0.5), TypeError, "Did you mean 'sparsity'"),
     (lambda: js.magnitude(sparsity=0.5, stop=9, on_mismatch="ignore"), ValueError, "on_mismatch must be"),
-    (lambda: js.magnitude(sparsity=0.5, stop=9, structure="nm"), TypeError, "structure must be one of jaxsparse's"),
+    (
+      lambda: js.magnitude(sparsity=0.5, stop=9, structure="nm"),
+      TypeError,
+      "structure must be a structure such as NM.*Names are for",
+    ),
+    (lambda: js.magnitude(sparsity=0.5, stop=9, structure=js.Unstructured), TypeError, "Call it: Unstructured"),
+    (
+      lambda: js.rigl(0.5, 100),
+      TypeError,
+      r"rigl\(\): too many positional arguments. Its signature is rigl\(sparsity=None",
+    ),
     (lambda: js.magnitude(sparsity=0.5, stop=9, distribution=js.ERK), TypeError, "distribution must be"),
     (lambda: js.magnitude(sparsity=0.5, stop=9, rules=[("a", None)]), TypeError, "rules must be"),
     (lambda: js.granet(sparsity=0.9, stop=9, init_distribution=js.Global()), ValueError, "counts per leaf"),

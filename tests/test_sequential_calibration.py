@@ -169,6 +169,7 @@ def test_several_devices():
     ({"linears": ["up/middle"]}, "no 'up/middle'; its leaves are down, scale, up/left, up/right"),
     ({"apply_block": lambda p, x, product: x @ p["up"]["left"].weight @ p["down"].weight}, "did not multiply"),
     ({"sequential": False, "cross": True}, "they need sequential=True"),
+    ({"prune": lambda weights, statistics: {}}, "prune returned nothing for blocks/0/up/left, blocks/0/up/right"),
     ({"hidden": []}, "no calibration data"),
     ({"hidden": [jnp.full((2, 5, 4), jnp.nan)]}, "blocks/0/up/left, blocks/0/up/right: inputs of feature 0 are NaN"),
     ({"hidden": [jnp.ones((1, 3, 4))], "gram": True}, "3 calibration rows cannot give a Gram matrix of full rank"),
@@ -189,5 +190,15 @@ def test_a_weight_used_twice_is_an_error():
       x = product(jnp.concatenate([x, x], -1)[..., :6], params["down"])
     return x
 
+  def itself(params, x, product):
+    return x @ params["down"]
+
+  def cast(params, x, product):
+    return product(x, params["down"].astype(x.dtype))
+
+  with pytest.raises(TypeError, match="multiplied with 'down' itself; call its `product`"):
+    calibration.collect(itself, {"down": jnp.ones((6, 6))}, jnp.ones((1, 2, 6)), ["down"])
+  with pytest.raises(AttributeError, match="used .astype of 'down' itself"):
+    calibration.collect(cast, {"down": jnp.ones((6, 6))}, jnp.ones((1, 2, 6)), ["down"])
   with pytest.raises(ValueError, match="'down' is multiplied with twice"):
     list(calibration.prune_blocks(twice, blocks, hidden, halve, ("down",)))

@@ -311,11 +311,32 @@ def test_updaters_over_different_leaves_are_merged(labels):
     js.get_masks(state, tag="z")
 
 
+def test_what_is_no_optimizer_state_or_key_is_an_error():
+  updater, params = js.static_sparse(sparsity=0.5), laws.make_params()
+  tx = updater.wrap_optax(optax.sgd(0.1))
+  for state in (None, optax.adam(1e-3).init(params)):
+    with pytest.raises(ValueError, match=f"what this optimizer's tx.init.*got {type(state).__name__}"):
+      tx.update(params, state, params)
+    with pytest.raises(ValueError, match="what this optimizer's tx.init"):
+      updater.transform().update(params, state, params)
+  with pytest.raises(TypeError, match=r"such as optax.adam\(1e-3\), got .* Call it: adam"):
+    updater.wrap_optax(optax.adam)
+  with pytest.raises(TypeError, match=r"such as optax.adam\(1e-3\), got 0.001"):
+    updater.wrap_optax(1e-3)
+  with pytest.raises(TypeError, match="key must be an integer.*got 0.5"):
+    updater.wrap_optax(optax.sgd(0.1), key=0.5).init(params)
+  with pytest.raises(TypeError, match="pass js.get_masks"):
+    js.summarize_sparsity((tx.init(params),))
+  masks = js.get_masks(tx.init(params))
+  with pytest.raises(ValueError, match=r"Only in masks: nothing; only in the optimizer state: a/"):
+    js.set_masks(tx.init(params), {name: mask for name, mask in masks.items() if name != "a"})
+
+
 def test_overlapping_updaters_are_an_error():
   one, two = js.static_sparse(sparsity=0.5), js.static_sparse(sparsity=0.75)
   tx = optax.chain(one.wrap_optax(optax.sgd(0.1), tag="one"), two.transform(tag="two"))
   state = tx.init(laws.make_params())
-  with pytest.raises(ValueError, match="2 updaters mask the same leaf of shape"):
+  with pytest.raises(ValueError, match=r"Two updaters mask params\['a'\]\['kernel'\] \(shape"):
     js.get_masks(state)
   assert int(js.get_masks(state, tag="two")["a"]["kernel"].sum()) < int(
     js.get_masks(state, tag="one")["a"]["kernel"].sum()

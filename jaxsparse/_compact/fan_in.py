@@ -156,10 +156,9 @@ def swap(old, drop, again, new, ranks, swaps, inputs):
   row = jax.lax.broadcasted_iota(jnp.int32, new.shape, 0)
   before = lambda i, seen: seen | ((row > i) & (new == jax.lax.dynamic_index_in_dim(new, i, 0)))
   seen = jax.lax.fori_loop(0, count, before, seen)
-  # NaN ranks below everything; a score that is NaN itself still counts.
-  lowest = jnp.asarray(-jnp.inf, ranks.dtype)
-  known = lambda scores: jnp.where(jnp.isnan(scores), lowest, scores)
-  grow = jnp.concatenate([known(again).astype(ranks.dtype), jnp.where(seen, jnp.nan, known(ranks))])
+  # NaN never grows; what has been dropped must be able to come back, so that there are enough whatever the candidates.
+  again = jnp.where(jnp.isnan(again), -jnp.inf, again).astype(ranks.dtype)
+  grow = jnp.concatenate([again, jnp.where(seen, jnp.nan, ranks)])
   kept = jnp.concatenate([jnp.ones(old.shape, bool), jnp.zeros(new.shape, bool)])
   worst = jnp.concatenate([drop, jnp.zeros(new.shape, drop.dtype)])
   chosen = selection.drop_and_grow(kept, worst, grow, (fan_in - swaps)[None], fan_in, axis=0)

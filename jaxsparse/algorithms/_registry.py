@@ -27,8 +27,13 @@ def algorithm(factory: Factory) -> Factory:
   @functools.wraps(factory)
   def wrapped(*args, **kwargs):
     check_arguments(name, signature, kwargs)
-    bound = signature.bind(*args, **kwargs)
+    try:
+      bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+      raise TypeError(f"{name}(): {error}. Its signature is {name}{_short(signature)}.") from None
     updater = factory(*args, **kwargs)
+    if not isinstance(updater, _updater.Updater):
+      raise TypeError(f"{name}() must return an Updater, got {updater!r}.")
     return dataclasses.replace(updater, call=(name, tuple(bound.arguments.items())))
 
   wrapped.__signature__ = signature

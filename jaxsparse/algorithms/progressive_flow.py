@@ -48,18 +48,7 @@ def mdgf(
     https://arxiv.org/abs/2402.04744. No known differences; paper and authors' code differ in the backward pass, see
     `flow`.
   """
-  _check_stop("mdgf", stop, "removed weights count for nothing")
-  if decay not in _DECAYS:
-    raise ValueError(f"mdgf: decay must be 'exponential' or 'linear', got {decay!r}.")
-  rates = {} if rate is None else {"rate": rate}
-  closing = _DECAYS[decay](stop, start=start, **rates)
-  return _updater.Updater(
-    schedule=schedules.Periodic(every=every, start=start),
-    drop=scorers.Magnitude(),
-    forward=forwards.DecayingMask(closing, flow),
-    sparsity=sparsity,
-    **common,
-  )
+  return _closing_mask("mdgf", sparsity, decay, rate, flow, every, start, stop, common)
 
 
 @_registry.algorithm
@@ -89,8 +78,7 @@ def mask_decay(
     Kao et al., Training Recipe for N:M Structured Sparsity with Decaying Pruning Mask, 2022,
     https://arxiv.org/abs/2209.07617. Differs from the paper: not known; see above.
   """
-  _check_stop("mask_decay", stop, "the mask is closed")
-  return mdgf(sparsity, decay=decay, rate=rate, every=every, start=start, stop=stop, **common)
+  return _closing_mask("mask_decay", sparsity, decay, rate, "straight_through", every, start, stop, common)
 
 
 @_registry.algorithm
@@ -125,19 +113,7 @@ def sdgf(
     Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, 2024,
     https://arxiv.org/abs/2402.04744. No known differences.
   """
-  if "structure" in common:
-    raise TypeError("sdgf(n, m) makes its own structure; use magnitude_ste(structure=Frames(...)) for other patterns.")
-  _check_stop("sdgf", stop, "the frames before the last have ended")
-  pairs = patterns(n, m, frames)
-  boundaries = tuple(start + (stop - start) * i // len(pairs) for i in range(1, len(pairs)))
-  structure = structures.Frames(tuple(structures.NM(*pair, axis=axis) for pair in pairs), boundaries)
-  return _updater.Updater(
-    schedule=schedules.Periodic(every=every, start=start),
-    drop=scorers.Magnitude(),
-    forward=forwards.StraightThrough(),
-    structure=structure,
-    **common,
-  )
+  return _in_frames("sdgf", n, m, frames, axis, every, start, stop, common)
 
 
 @_registry.algorithm
@@ -166,11 +142,13 @@ def structure_decay(
     https://arxiv.org/abs/2209.07617. Differs from the paper: not known; the frames are those of the authors' next
     paper.
   """
-  return sdgf(n, m, frames="sparsify", axis=axis, every=every, start=start, stop=stop, **common)
+  return _in_frames("structure_decay", n, m, "sparsify", axis, every, start, stop, common)
 
 
-def patterns(n: int, m: int, frames: str | tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-  """The pairs (n, m) that `sdgf` goes through.
+def patterns(
+  n: int, m: int, frames: str | tuple[tuple[int, int], ...], name: str = "sdgf"
+) -> tuple[tuple[int, int], ...]:
+  """The pairs (n, m) that `sdgf` goes through; `name` is what errors call it.
 
   >>> patterns(1, 4, "fine"), patterns(1, 4, "sparsify"), patterns(1, 4, "densify")
   (((8, 32), (4, 16), (2, 8), (1, 4)), ((3, 4), (2, 4), (1, 4)), ((1, 32), (1, 16), (1, 8), (1, 4)))
@@ -182,14 +160,46 @@ def patterns(n: int, m: int, frames: str | tuple[tuple[int, int], ...]) -> tuple
   if frames == "sparsify":
     halvings = (m // n).bit_length() - 1
     if n * 2**halvings != m or halvings < 1:
-      raise ValueError(f"sdgf: frames='sparsify' halves m={m} until n={n} is left, so m / n must be a power of two.")
+      raise ValueError(f"{name}: m={m} is halved until n={n} is left, so m / n must be a power of two above 1.")
     return ((m - 1, m), *((m >> i, m) for i in range(1, halvings + 1)))
   if isinstance(frames, str):
-    raise ValueError(f"sdgf: frames must be 'fine', 'sparsify', 'densify' or pairs (n, m), got {frames!r}.")
+    raise ValueError(f"{name}: frames must be 'fine', 'sparsify', 'densify' or pairs (n, m), got {frames!r}.")
   pairs = tuple(tuple(pair) for pair in frames)
   if not pairs or pairs[-1] != (n, m):
-    raise ValueError(f"sdgf: the last of frames={frames!r} must be the final pattern ({n}, {m}).")
+    raise ValueError(f"{name}: the last of frames={frames!r} must be the final pattern ({n}, {m}).")
   return pairs
+
+
+def _closing_mask(name, sparsity, decay, rate, flow, every, start, stop, common) -> _updater.Updater:
+  _check_stop(name, stop, "removed weights count for nothing")
+  if decay not in _DECAYS:
+    raise ValueError(f"{name}: decay must be 'exponential' or 'linear', got {decay!r}.")
+  rates = {} if rate is None else {"rate": rate}
+  return _updater.Updater(
+    schedule=schedules.Periodic(every=every, start=start),
+    drop=scorers.Magnitude(),
+    forward=forwards.DecayingMask(_DECAYS[decay](stop, start=start, **rates), flow),
+    sparsity=sparsity,
+    **common,
+  )
+
+
+def _in_frames(name, n, m, frames, axis, every, start, stop, common) -> _updater.Updater:
+  if "structure" in common:
+    raise TypeError(
+      f"{name}(n, m) makes its own structure; use magnitude_ste(structure=Frames(...)) for other patterns."
+    )
+  _check_stop(name, stop, "the frames before the last have ended")
+  pairs = patterns(n, m, frames, name)
+  boundaries = tuple(start + (stop - start) * i // len(pairs) for i in range(1, len(pairs)))
+  structure = structures.Frames(tuple(structures.NM(*pair, axis=axis) for pair in pairs), boundaries)
+  return _updater.Updater(
+    schedule=schedules.Periodic(every=every, start=start),
+    drop=scorers.Magnitude(),
+    forward=forwards.StraightThrough(),
+    structure=structure,
+    **common,
+  )
 
 
 def _check_stop(name: str, stop: int | None, what: str) -> None:

@@ -163,7 +163,9 @@ class NMArray:
     values, indices, overfull, nan = _pack(w, mask, n, m)
     if is_concrete(overfull) and bool(overfull):
       problem = group_problem(w != 0 if mask is None else mask.astype(bool), n, m, "weight" if mask is None else "mask")
-      raise ValueError(f"{name}: {problem}")
+      raise ValueError(
+        f"{name}: {problem} js.magnitude(structure=js.NM({n}, {m}), stop=1).instant_sparsify makes a mask."
+      )
     if is_concrete(nan) and bool(nan):
       raise ValueError(_nan_message(name, "values", values))
     return cls.tree_unflatten((n, m), (values, indices, None))

@@ -11,6 +11,7 @@ from jaxsparse import structures
 from jaxsparse.calibration import _gram
 from jaxsparse.calibration import _refit
 from jaxsparse.calibration import _selection
+from jaxsparse.calibration import _shapes
 from jaxsparse.calibration import _sparsegpt
 
 
@@ -55,6 +56,7 @@ def alps(
     eigendecomposition. With the defaults the error of a layer of a language model is that of 300 iterations of the
     paper's rule within 1 %; `growth=4, levels=4` takes half the time for an error 3 to 4 % higher. Any structure goes.
   """
+  _shapes.check_shapes("alps", w, gram=gram)
   h, scale = _refit.unit_diagonal(gram, damping)
   target = w.astype(jnp.float32) * scale
   moment = _gram.dot(h, target)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.calibration import _gram
+from jaxsparse.calibration import _shapes
 
 
 class Dictionary(NamedTuple):
@@ -64,6 +65,7 @@ def cospadi(
     (https://arxiv.org/abs/2509.22075). Differs from the paper: optimal directions in place of K-SVD; the first atoms are
     the leading left singular vectors and then columns of the weight.
   """
+  _shapes.check_shapes("cospadi", w, gram=gram)
   if not 0 < nnz <= atoms <= w.shape[1]:
     raise ValueError(f"cospadi(atoms={atoms!r}, nnz={nnz!r}) of a weight {w.shape}: 0 < nnz <= atoms <= {w.shape[1]}.")
   r, _ = _gram.upper_factor(gram, damping)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxsparse import structures
 from jaxsparse.calibration import _scores
+from jaxsparse.calibration import _shapes
 from jaxsparse.calibration import _statistics
 
 
@@ -55,6 +56,7 @@ def dsnot(
     raise ValueError(
       f"DSnoT swaps single weights, which {structure!r} does not allow; NM, FixedFanIn and Unstructured do."
     )
+  _shapes.check_shapes("dsnot", w, mask=mask, norm=statistics.norm)
   effect = w.astype(jnp.float32) * statistics.mean[:, None]
   # A feature that never varies says nothing about which weight to prefer: it would divide by 0.
   variance = jnp.maximum(statistics.variance, jnp.finfo(jnp.float32).tiny)[:, None]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.calibration import _gram
+from jaxsparse.calibration import _shapes
 from jaxsparse.calibration import _sweep
 from jaxsparse.quant import _dense
 
@@ -25,6 +26,7 @@ class Quantized(NamedTuple):
   mask: jax.Array
 
   def to_dense(self, dtype: Any = jnp.float32) -> jax.Array:
+    """The weight that the integers stand for, `[K, O]`."""
     return _dense.dequantize_dense(self.values, self.scales, dtype)
 
 
@@ -59,6 +61,7 @@ def gptq(
     Frantar et al., GPTQ, 2022 (https://arxiv.org/abs/2210.17323). Differs from the paper: the grid is symmetric and
     does without its most negative integer, as in `jaxsparse.quant.quantize`; the mask is kept.
   """
+  _shapes.check_shapes("gptq", w, gram=gram, mask=mask)
   _dense.check_group(w.shape, bits, group)
   r, _ = _gram.upper_factor(gram, damping)
   limit = 2 ** (bits - 1) - 1

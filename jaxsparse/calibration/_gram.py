@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.calibration import _shapes
+
 HIGHEST = jax.lax.Precision.HIGHEST
 _ATTEMPTS = 6
 
@@ -66,6 +68,7 @@ def corrected_target(w: jax.Array, gram: jax.Array, moment: jax.Array, ridge: fl
   Returns:
     float32 `[K, O]`.
   """
+  _shapes.check_shapes("corrected_target", w, gram=gram, moment=moment)
   w = w.astype(jnp.float32)
   r, _ = upper_factor(gram, ridge)
   # R R^T V = b: two triangular solves.

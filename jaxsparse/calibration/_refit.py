@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.calibration import _gram
+from jaxsparse.calibration import _shapes
 
 
 @functools.partial(jax.jit, static_argnames=("iterations",))
@@ -34,6 +35,7 @@ def refit(
   References:
     Meng et al., ALPS, 2024 (https://arxiv.org/abs/2406.07831), section 3.3; the preconditioner is the diagonal.
   """
+  _shapes.check_shapes("refit", w, target=target, gram=gram, mask=mask)
   h, scale = unit_diagonal(gram, damping)
   start = jnp.where(mask, w.astype(jnp.float32), 0) * scale
   return conjugate_gradients(h, start, target.astype(jnp.float32) * scale, mask, iterations) / scale

@@ -188,6 +188,9 @@ def prune_blocks(
         _statistics.check_statistics(inputs.statistics, ", ".join(label.values()), full_rank=gram)
         before = {label[short]: w for short, w in _weights(block, names).items()}
         after = prune(before, inputs.statistics)
+        missing = [name for name in before if name not in after]
+        if missing:
+          raise ValueError(f"prune returned nothing for {', '.join(missing)}; (weight, mask) of each is needed.")
         for short in names:
           pruned, masks[short] = after[label[short]]
           errors[short] = float(_relative_error(inputs.probes, before[label[short]], pruned))
@@ -202,6 +205,12 @@ class _Named:
 
   def __init__(self, name: str, weight: jax.Array):
     self.name, self.weight = name, weight
+
+  def __getattr__(self, attribute):
+    raise AttributeError(f"apply_block used .{attribute} of {self.name!r} itself; pass the weight on: product(x, w).")
+
+  def __rmatmul__(self, x):
+    raise TypeError(f"apply_block multiplied with {self.name!r} itself; call its `product` argument: product(x, w).")
 
 
 class _Stream:

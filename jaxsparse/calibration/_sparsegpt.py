@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxsparse import structures
 from jaxsparse.calibration import _gram
 from jaxsparse.calibration import _selection
+from jaxsparse.calibration import _shapes
 from jaxsparse.calibration import _sweep
 
 
@@ -60,6 +61,7 @@ def sparsegpt(
     of dead inputs are ranked with score 0 and not set to 0 beforehand, which comes to the same unless a structure
     keeps them.
   """
+  _shapes.check_shapes("sparsegpt", w, gram=gram)
   k = w.shape[0]
   r, used = _gram.upper_factor(gram, damping)
   w = jnp.where((jnp.diagonal(gram) > 0)[:, None], w.astype(jnp.float32), 0)
@@ -79,6 +81,11 @@ def sparsegpt(
 
 def check_pruned(pruned: Pruned, name: str = "layer", damping: float = 0.01) -> None:
   """Refuses a weight that is not finite, and warns of one that needed more damping; outside of `jit`.
+
+  Args:
+    pruned: what `sparsegpt` or `alps` returned.
+    name: of the layer, for the message.
+    damping: what was asked for.
 
   Raises:
     ValueError: the Gram matrix could not be factored with any damping that was tried.

@@ -11,7 +11,13 @@ from jaxsparse.schedules import _base
 
 @dataclasses.dataclass(frozen=True)
 class AbstractDecay(abc.ABC):
-  """A share in [0, 1] as a function of the count of updates: 1 up to `start`, exactly 0 from `stop` on."""
+  """A share in [0, 1] as a function of the count of updates: 1 up to `start`, exactly 0 from `stop` on.
+
+  Args:
+    stop: the share is 0 from this count on.
+    rate: how much an update takes, see the subclasses.
+    start: it falls from this count on.
+  """
 
   stop: int
   rate: float | None = None

@@ -90,10 +90,12 @@ class AbstractStructure(abc.ABC):
     return swap_evenly(mask, drop, grow, keep, swaps, axes)
 
   def units_per_group(self, shape: tuple[int, ...]) -> int:
+    """Units that are ranked against each other in a leaf of `shape`."""
     view = self.view_shape(shape)
     return math.prod(view[a] for a in self.unit_axes(shape))
 
   def group_count(self, shape: tuple[int, ...]) -> int:
+    """Groups of such units in a leaf of `shape`."""
     return math.prod(self.view_shape(shape)) // max(self.units_per_group(shape), 1)
 
   def layer_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

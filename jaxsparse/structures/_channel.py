@@ -13,6 +13,7 @@ class Channel(_base.AbstractStructure):
 
   Args:
     axis: the channel axis of one layer; -1 is the output axis of `(in, out)` and HWIO kernels.
+    stack_axes: leading axes that stack layers, each ranked by itself.
 
   >>> Channel().view_shape((3, 3, 16, 32))
   (32,)

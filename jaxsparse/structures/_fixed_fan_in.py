@@ -19,6 +19,7 @@ class FixedFanIn(_base.AbstractStructure):
     min_salient: in dynamic sparse training, outputs with fewer than `min_salient * fan_in` salient inputs (those that
       survive the drop, or that would grow if the whole layer competed) are ablated: they keep no input, and the others
       share what is freed evenly. 0 never ablates.
+    stack_axes: leading axes that stack layers, each with its own outputs.
 
   Raises:
     ValueError: if `fan_in` is not a positive integer, or `min_salient` is not in [0, 1].

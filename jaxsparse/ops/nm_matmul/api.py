@@ -158,9 +158,9 @@ def unpack(w: Any) -> _nm_array.NMArray:
     raise TypeError(f"unpack takes what pack made, got {type(w).__name__}.")
   if packed == "hopper":
     return w.unpack()
-  from jaxsparse.ops.nm_matmul import _decode_layout
+  from jaxsparse.ops.nm_matmul import _decode_pack
 
-  return _nm_array.NMArray.tree_unflatten((w.n, w.m), _decode_layout.unpack_decode(w))
+  return _nm_array.NMArray.tree_unflatten((w.n, w.m), _decode_pack.unpack_decode(w))
 
 
 def _is_float(dtype: Any) -> bool:
@@ -177,9 +177,9 @@ def _pack_as(layout: str, w: _nm_array.NMArray) -> Any:
     from jaxsparse.ops.nm_matmul import _hopper_layout
 
     return _hopper_layout.pack(w)
-  from jaxsparse.ops.nm_matmul import _decode_layout
+  from jaxsparse.ops.nm_matmul import _decode_pack
 
-  return _decode_layout.pack_decode(w.values, w.indices, w.n, w.m, w.scales, shape=w.shape)
+  return _decode_pack.pack_decode(w.values, w.indices, w.n, w.m, w.scales, shape=w.shape)
 
 
 _packed = jax.jit(_pack_as, static_argnums=0)
