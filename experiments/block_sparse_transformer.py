@@ -52,7 +52,7 @@ _OUT = flags.DEFINE_string("out", None, "Where the figures and the plot go, with
 
 _WIDTHS = ("dim", "hidden", "layers", "batch_size", "length")
 _MODEL = (*_WIDTHS, "block", "density")
-_CALLS = 20  # of which one is the time of a layer's MLP
+_CALLS = 20  # passes of a layer's MLP in one program, to time it
 
 
 def narrow(p: Any) -> Any:
@@ -171,11 +171,12 @@ def make_programs(updater: js.Updater, config: llama.Config) -> tuple[Callable, 
   return start, refresh if sparse else None, steps
 
 
-def _mlp_pass(weights, x, dy):
-  """Forward and backward pass of the MLP of one layer."""
+def _mlp_passes(weights, x, dy):
+  """`_CALLS` forward and backward passes of the MLP of one layer, each of which takes the dx of the last one as x."""
   trainable, fixed = js.arrays.partition(weights)
   apply = lambda w, x: llama.mlp(*js.arrays.combine(w, fixed), x, product)
-  return jax.vjp(apply, trainable, x)[1](dy)
+  one = lambda _, carry: jax.vjp(apply, trainable, carry[1])[1](dy)
+  return jax.lax.fori_loop(0, _CALLS, one, (jax.tree.map(jnp.zeros_like, trainable), x))
 
 
 def _compiler_options() -> dict[str, bool]:
@@ -209,7 +210,7 @@ def prepare(
   params = jax.tree.map(narrow, updater.forward_params(*carry[:2])["layers"][0], is_leaf=_is_block_array)
   x = jax.random.normal(jax.random.key(3), (_BATCH.value * _LENGTH.value, config.dim), jnp.bfloat16)
   run["mlp inputs"] = (params.gate_up, params.down), x, x[::-1]
-  jobs = [("steps", steps, carry, text), ("mlp", _mlp_pass, *run["mlp inputs"])]
+  jobs = [("steps", steps, carry, text), ("mlp", _mlp_passes, *run["mlp inputs"])]
   if refresh is not None:
     jobs.append(("refresh", refresh, carry, text))
   with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
@@ -249,18 +250,18 @@ def train(run: dict, text: jax.Array, report: Callable[[dict], None] = lambda ro
         "compilations while training": len(compilations),
       }
       report(row)
-  row["ms of the MLPs"] = 1e3 * _LAYERS.value * _seconds_a_call(lambda: run["mlp"](*run["mlp inputs"]))
+  row["ms of the MLPs"] = 1e3 * _LAYERS.value / _CALLS * _seconds(lambda: run["mlp"](*run["mlp inputs"]))
   return row
 
 
-def _seconds_a_call(f) -> float:
-  """Median of three rounds of calls that queue up on the device."""
+def _seconds(f) -> float:
+  """Median of three calls."""
   jax.block_until_ready(f())
   rounds = []
   for _ in range(3):
     began = time.perf_counter()
-    jax.block_until_ready([f() for _ in range(_CALLS)][-1])
-    rounds.append((time.perf_counter() - began) / _CALLS)
+    jax.block_until_ready(f())
+    rounds.append(time.perf_counter() - began)
   return float(np.median(rounds))
 
 
