@@ -250,8 +250,10 @@ def random(shape, seed) -> np.ndarray:
 def bound(case, w) -> tuple[float, str]:
   """(microseconds, what takes them): the least that tiles of this kind need at `_RATES`."""
   batch, (bk, bo), plans = case["B"], sides(case), w.plan
-  kept = w.blocks.size
-  needed = {"memory": 2 * (batch * (case["K"] + case["O"]) + kept), "tensor cores": 2 * batch * kept}
+  kept, used_k, used_o = w.blocks.size, np.unique(w.rows).size * bk, np.unique(w.cols).size * bo
+  # All of the result is written, and of the operands the columns that meet a block are read.
+  along = {"fwd": used_k + case["O"], "dx": used_o + case["K"], "dw": used_k + used_o}[case["product"]]
+  needed = {"memory": 2 * (batch * along + kept), "tensor cores": 2 * batch * kept}
   plan, size, depth = (plans.forward, bo, bk) if case["product"] == "fwd" else (plans.transposed, bk, bo)
   entries = np.diff(plan.starts)
   if case["product"] == "dw":
