@@ -220,6 +220,32 @@ def transformer(found) -> str:
   return table(head, lines)
 
 
+def readme(rows) -> str:
+  """The largest shape with a goal, in short."""
+  found, (k, o, batch) = by_case(rows), next(iter(GOAL_SHAPES.values()))
+  densities = (*GOALS, 0.02)
+  lines = []
+  for block in BLOCKS:
+    for product in PRODUCTS:
+      mine = [ratio(found, k, o, batch, block, d, "random", product) for d in densities]
+      lines.append([f"{product}, blocks of {block.split('x')[0]}", *map(number, mine)])
+  return table([f"x faster than XLA's dense dot, {k}^3, bfloat16, H100", *(f"{d:g}" for d in densities)], lines)
+
+
+def readme_transformer(found) -> str:
+  """Steps and losses of the first widths."""
+  rows = [row for row in found["rows"] if row["dim"] == found["rows"][0]["dim"]]
+  dense = next(row for row in rows if row["block"] is None)
+  name = lambda row: "dense" if row["block"] is None else f"density {row['density']:g}, blocks of {row['block']}"
+  lines = [
+    [name(row), f"{row['parameters'] / 1e6:.1f} M", f"{row['ms a step']:.1f}",
+     f"{dense['ms a step'] / row['ms a step']:.2f}", f"{row['train loss']:.3f}", f"{row['held-out loss']:.3f}"]
+    for row in rows
+  ]  # fmt: skip
+  head = [f"MLPs {rows[0]['hidden']} wide, H100", "parameters", "ms a step", "x faster", "loss", "held out"]
+  return table(head, lines)
+
+
 TABLES: dict[str, Callable] = {
   "goals": goals,
   "backward": backward,
@@ -228,13 +254,17 @@ TABLES: dict[str, Callable] = {
   "bounds": bounds,
   "break-even": crossings,
   "grid": grid,
+  "readme": readme,
 }
+
+
+TRAINED: dict[str, Callable] = {"transformer": transformer, "readme-transformer": readme_transformer}
 
 
 def tables(found, trained=None) -> dict[str, str]:
   """Name -> Markdown; `trained` is what the transformer wrote."""
   made = {name: make(found["rows"]) for name, make in TABLES.items()}
-  return made | ({"transformer": transformer(trained)} if trained else {})
+  return made | ({name: make(trained) for name, make in TRAINED.items()} if trained else {})
 
 
 def fill(text: str, made: dict[str, str]) -> str:
