@@ -135,7 +135,9 @@ def skewed(rows) -> str:
       # Patterns differ in how many blocks they happen to keep.
       lines[k, o, batch, product][block] = row["us"] / row["kept"] / (random["us"] / random["kept"])
   show = lambda v: "" if v is None else f"**{v:.2f}**" if v <= 1.2 else f"{v:.2f}"
-  cells = [[f"{b} x {k} x {o}", p, *(show(line.get(block)) for block in BLOCKS)] for (k, o, b, p), line in lines.items()]
+  cells = [
+    [f"{b} x {k} x {o}", p, *(show(line.get(block)) for block in BLOCKS)] for (k, o, b, p), line in lines.items()
+  ]
   return table(["B x K x O, density 0.1", "product", *BLOCKS], cells)
 
 
