@@ -194,7 +194,7 @@ class BlockArray:
       TypeError: w is not bfloat16, float16 or float32.
     """
     w = jnp.asarray(w)
-    (bk, bo), grid = _check_tiling(w.shape, block_shape, name)
+    (bk, bo), grid = check_tiling(w.shape, block_shape, name)
     _check_float(w.dtype, name)
     tiles = w.reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
     if mask is None:
@@ -239,7 +239,7 @@ class BlockArray:
           "for blocks [N, bk, bo]."
         )
     order = jnp.lexsort((rows, cols))
-    extra = 0 if capacity is None else capacity - blocks.shape[0]
+    extra = 0 if capacity is None else check_capacity(capacity, "BlockArray") - blocks.shape[0]
     if extra < 0:
       raise ValueError(f"BlockArray: {blocks.shape[0]} blocks do not fit into capacity={capacity}.")
     outside = shape[1] // blocks.shape[2] if blocks.shape[2] else 0
@@ -315,8 +315,8 @@ def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[j
   Raises:
     ValueError: no capacity, or one that the kept blocks do not fit into.
   """
-  if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
-    raise ValueError(f"{name}: capacity={capacity!r}; a positive integer is needed, also for a weight without blocks.")
+  if capacity is not None:
+    capacity = check_capacity(capacity, name)
   if _nm_array.is_concrete(keep):
     kept = np.asarray(keep)
     cols, rows = np.nonzero(kept.T)
@@ -336,6 +336,13 @@ def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[j
   return jnp.where(cols < block_cols, flat % block_rows, 0), cols
 
 
+def check_capacity(capacity: Any, name: str) -> int:
+  """The capacity as an int; ValueError if it is no positive integer."""
+  if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or capacity < 1:
+    raise ValueError(f"{name}: capacity={capacity!r}; a positive integer is needed, also where nothing is kept.")
+  return int(capacity)
+
+
 def check(w: BlockArray) -> None:
   """The invariants of `BlockArray`: ValueError or TypeError that names the field and the first place."""
   for name in ("blocks", "rows", "cols"):
@@ -348,7 +355,7 @@ def check(w: BlockArray) -> None:
     raise ValueError("BlockArray: capacity 0; a weight without blocks keeps one empty slot, whose column is O / bo.")
   if len(w.shape) != 2:
     raise ValueError(f"BlockArray: shape={w.shape}; allowed is (K, O).")
-  _, grid = _check_tiling(w.shape, w.block_shape, "BlockArray")
+  _, grid = check_tiling(w.shape, w.block_shape, "BlockArray")
   for name in ("rows", "cols"):
     value = getattr(w, name)
     if tuple(value.shape) != (w.capacity,) or jnp.dtype(value.dtype) != jnp.int32:
@@ -382,7 +389,8 @@ def _check_positions(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) 
     )
 
 
-def _check_tiling(shape, block_shape, name) -> tuple[tuple[int, int], tuple[int, int]]:
+def check_tiling(shape: tuple[int, ...], block_shape: Any, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
+  """((bk, bo), grid); ValueError if blocks do not tile the shape."""
   block = tuple(block_shape) if isinstance(block_shape, (tuple, list)) else block_shape
   if not (
     isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, (int, np.integer)) and b > 0 for b in block)
