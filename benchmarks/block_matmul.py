@@ -68,6 +68,8 @@ _ROTATED = 64  # rows of x up to which the weight must come from memory
 _COPIES = 32
 _SKEWED_ROWS = (16, 4096, 8192)
 _TRAINING_ROWS = 1024
+_WRONG = 5e-3  # error of a bfloat16 result that is no rounding
+_PATIENCE = 120  # seconds that a program may take to compile
 # What bounds a kernel on the H100: bfloat16 operations a second that XLA's dot reaches at 8192^3, bytes a second through
 # the L2 cache (the crossbar was 88 % busy at 7.9e12) and from memory.
 _RATES = {"tensor cores": 800e12, "L2": 8e12, "memory": 3e12}
@@ -329,10 +331,10 @@ class Cell:
     weights += [vjp.with_blocks(weights[0], jax.device_put(self.w.blocks)) for _ in range(self.copies - 1)]
     self.calls = [functools.partial(self.program, *self.args, w) for w in weights]
     self.error = sampled_error(case, self.calls[0](), here, self.w)  # the first call loads code, too
+    if not self.error < _WRONG:
+      raise RuntimeError(f"the result is wrong: {self.error:.3g} relative to its norm")
 
   def row(self, us, dense_us) -> dict:
-    bound_us, bound_by = bound(self.case, self.w)
-    on_gpu = jax.default_backend() == "gpu"  # bounds are those of an H100
     return {
       **{key: value for key, value in self.case.items() if key != "stage"},
       "kept": self.w.capacity,
@@ -341,11 +343,16 @@ class Cell:
       "us": us,
       "dense us": dense_us,
       "ratio": dense_us / us,
-      **({"bound": dense_us / bound_us, "of bound": bound_us / us, "bound by": bound_by} if on_gpu else {}),
       "TFLOP/s": 2 * self.case["B"] * self.w.blocks.size / us / 1e6,
       "copies": self.copies,
       "error": self.error,
     }
+
+  def bounds(self, us, dense_us) -> dict:
+    if jax.default_backend() != "gpu":  # they are those of an H100
+      return {}
+    bound_us, bound_by = bound(self.case, self.w)
+    return {"bound": dense_us / bound_us, "of bound": bound_us / us, "bound by": bound_by}
 
 
 def dense_calls(case, program) -> list:
@@ -367,7 +374,7 @@ def measure(group, dense, compiled, failed) -> list[dict]:
       failed.append(dict(zip(_NAME, name_of(case))) | {"error": f"{type(error).__name__}: {str(error)[-300:]}"})
 
   for case in group:
-    cells.append(attempt(case, lambda case=case: Cell(case, compiled[name_of(case)].result())))
+    cells.append(attempt(case, lambda case=case: Cell(case, compiled[name_of(case)].result(timeout=_PATIENCE))))
   cells = [cell for cell in cells if cell]
   calls = dense_calls(group[0], dense)
   jax.block_until_ready([call() for call in calls])
@@ -375,7 +382,8 @@ def measure(group, dense, compiled, failed) -> list[dict]:
   def times(cells):
     programs = {i: cell.calls for i, cell in enumerate(cells)} | {"dense": calls}
     us = device_time.in_turn(programs, _ROUNDS.value, _ITERATIONS.value)
-    return [cell.row(us[i], us["dense"]) for i, cell in enumerate(cells)]
+    limits = lambda i, cell: attempt(cell.case, lambda: cell.bounds(us[i], us["dense"])) or {}
+    return [cell.row(us[i], us["dense"]) | limits(i, cell) for i, cell in enumerate(cells)]
 
   try:
     return times(cells)

@@ -302,7 +302,7 @@ def speed_up(row: dict, rows: list[dict]) -> float:
   return next(other for other in rows if same(other))["ms a step"] / row["ms a step"]
 
 
-def plot(path: pathlib.Path, rows: list[dict], steps: int) -> None:
+def plot(path: pathlib.Path, rows: list[dict]) -> None:
   """Training loss over seconds of training, one panel a width."""
   from matplotlib import figure
 
@@ -311,10 +311,13 @@ def plot(path: pathlib.Path, rows: list[dict], steps: int) -> None:
   for ax, group in zip(fig.subplots(1, len(groups), squeeze=False)[0], groups):
     for row in rows:
       if tuple(row[key] for key in _WIDTHS) == group:
-        each = steps / len(row["losses"]) * row["ms a step"] / 1e3
         name = "dense" if row["block"] is None else f"{row['density']:g}, blocks of {row['block']}"
-        times = each * (1 + np.arange(len(row["losses"])))
-        ax.plot(times, row["losses"], marker=".", label=f"{name}: {speed_up(row, rows):.2f}x")
+        ax.plot(
+          np.cumsum(row["seconds of each chunk"]),
+          row["losses"],
+          marker=".",
+          label=f"{name}: {speed_up(row, rows):.2f}x",
+        )
     ax.set_title("dim {}, hidden {}, {} layers, {} x {} characters".format(*group), fontsize=8)
     ax.set_xlabel("seconds")
     ax.set_ylabel("training loss")
@@ -373,11 +376,7 @@ def main(argv):
       flush=True,
     )
   if _OUT.value:
-    plot(
-      pathlib.Path(f"{_OUT.value}.png"),
-      json.loads(pathlib.Path(f"{_OUT.value}.json").read_text())["rows"],
-      _STEPS.value,
-    )
+    plot(pathlib.Path(f"{_OUT.value}.png"), json.loads(pathlib.Path(f"{_OUT.value}.json").read_text())["rows"])
 
 
 if __name__ == "__main__":
