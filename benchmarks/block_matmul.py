@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import time
 from unittest import mock
 
@@ -75,7 +76,7 @@ _PATIENCE = 120  # seconds that a program may take to compile
 _RATES = {"tensor cores": 800e12, "L2": 8e12, "memory": 3e12}
 _NAME = ("shape", "block", "density", "pattern", "B", "product")
 _COLUMNS = (
-  *_NAME, "implementation", "taken", "us", "dense us", "ratio", "bound", "of bound", "bound by", "error",
+  *_NAME, "implementation", "kernels", "taken", "us", "dense us", "ratio", "bound", "of bound", "bound by", "error",
 )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def kernel_for(case, w) -> str:
 
 
 def compile_sparse(case) -> tuple:
-  """(serialised program of a case, what was compiled, positions), or (None, what went wrong, None)."""
+  """(serialised program of a case, (implementation, kernels), positions), or (None, what went wrong, None)."""
   try:
     sparse, _, args = operands(case)
     positions = positions_of(case)
@@ -205,9 +206,14 @@ def compile_sparse(case) -> tuple:
     options = {"xla_gpu_experimental_enable_fusion_autotuner": False} if jax.default_backend() == "gpu" else {}
     program = jax.jit(functools.partial(sparse, implementation=name)).lower(*args, w).compile(options)
     # The plan is derived again where it is used: that is faster than sending it.
-    return serialize_executable.serialize(program)[0], name, positions
+    return serialize_executable.serialize(program)[0], (name, kernels_of(program.as_text())), positions
   except Exception as error:  # noqa: BLE001  One bad shape must not lose the table.
     return None, f"{type(error).__name__}: {str(error)[-200:]}", None
+
+
+def kernels_of(text: str) -> str:
+  """The names of a program's Pallas kernels: "hopper" has several."""
+  return ", ".join(dict.fromkeys(re.findall(r'"mosaic_gpu.*op_name="[^"]*/(\w+)/\w+"', text)))
 
 
 def load(case, program: bytes, w):
@@ -319,9 +325,10 @@ class Cell:
   """A case with its program and its operands on the device."""
 
   def __init__(self, case, compiled):
-    program, self.name, positions = compiled
+    program, what, positions = compiled
     if program is None:
-      raise RuntimeError(self.name)
+      raise RuntimeError(what)
+    self.name, self.kernels = what
     self.case = case
     self.w = weight(case, positions, random((positions.rows.size, *sides(case)), 3))
     self.program = load(case, program, self.w)
@@ -339,6 +346,7 @@ class Cell:
       **{key: value for key, value in self.case.items() if key != "stage"},
       "kept": self.w.capacity,
       "implementation": self.name,
+      "kernels": self.kernels,
       "taken": choice_for(self.case, types_of(self.w)),
       "us": us,
       "dense us": dense_us,
