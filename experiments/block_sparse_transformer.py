@@ -172,10 +172,14 @@ def make_programs(updater: js.Updater, config: llama.Config) -> tuple[Callable, 
 
 
 def _mlp_passes(weights, x, dy):
-  """`_CALLS` forward and backward passes of the MLP of one layer, each of which takes the dx of the last one as x."""
+  """`_CALLS` forward and backward passes of the MLP of one layer, each of which takes results of the last one as x."""
   trainable, fixed = js.arrays.partition(weights)
-  apply = lambda w, x: llama.mlp(*js.arrays.combine(w, fixed), x, product)
-  one = lambda _, carry: jax.vjp(apply, trainable, carry[1])[1](dy)
+
+  def one(_, carry):
+    y, pull = jax.vjp(lambda w, x: llama.mlp(*js.arrays.combine(w, fixed), x, product), trainable, carry[1])
+    dw, dx = pull(dy)
+    return dw, y + dx  # both, or what gives y would not be computed
+
   return jax.lax.fori_loop(0, _CALLS, one, (jax.tree.map(jnp.zeros_like, trainable), x))
 
 
