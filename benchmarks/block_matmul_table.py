@@ -26,7 +26,7 @@ _PLOT = flags.DEFINE_string("plot", None, "Where a plot goes.")
 BLOCKS = ("128x128", "64x64", "32x32")
 PRODUCTS = ("fwd", "dx", "dw")
 # Ratio to the dense dot by density, for each of BLOCKS.
-GOALS = {1.0: (0.85, None, None), 0.5: (1.7, 1.5, 1.1), 0.25: (3.3, 2.9, 2.0), 0.1: (7, 6, 4), 0.05: (13, 10, 7)}
+GOALS = {1.0: (0.85, 0.85, 0.85), 0.5: (1.7, 1.5, 1.1), 0.25: (3.3, 2.9, 2.0), 0.1: (7, 6, 4), 0.05: (13, 10, 7)}
 _DECODE_EFFICIENCY = 0.85
 _DECODE_ROWS = 64
 # The two shapes that goals are set for: (K, O, rows of x).
@@ -93,7 +93,7 @@ def goals(rows) -> str:
       cells = [f"{density:g}"]
       for block, goal in zip(BLOCKS, wanted):
         ratios = [ratio(found, k, o, batch, block, density, "random", product) for product in PRODUCTS]
-        cells += ["" if goal is None else f"{goal:g}", number(ratios[0], goal), *map(number, ratios[1:])]
+        cells += [f"{goal:g}", number(ratios[0], goal), *map(number, ratios[1:])]
       lines.append(cells)
     parts.append(f"{name}:\n\n{table(head, lines)}")
   return "\n\n".join(parts)
