@@ -263,13 +263,13 @@ def bound(case, w) -> tuple[float, str]:
   along = {"fwd": used_k + case["O"], "dx": used_o + case["K"], "dw": used_k + used_o}[case["product"]]
   needed = {"memory": 2 * (batch * along + kept), "tensor cores": 2 * batch * kept}
   plan, size, depth = (plans.forward, bo, bk) if case["product"] == "fwd" else (plans.transposed, bk, bo)
-  entries = np.diff(plan.starts)
   if case["product"] == "dw":
     tiles = int(-(-entries * bo // _plan.SAMPLED_COLUMNS).sum()) * max(1, bk // _plan.TILE)
     needed["L2"] = 2 * batch * (tiles * _plan.TILE + int(entries.sum()) * max(1, bk // _plan.TILE) * bo)
   else:
     # Two tiles of 256 rows may share what they load of w.
-    needed["L2"] = 2 * (batch * int(entries.sum()) * max(1, size // _plan.TILE) * depth + -(-batch // 512) * kept)
+    columns = int(plan.starts[-1]) * max(1, size // _plan.TILE) * depth
+    needed["L2"] = 2 * (batch * columns + -(-batch // 512) * kept)
   times = {name: 1e6 * amount / _RATES[name] for name, amount in needed.items()}
   name = max(times, key=times.get)
   return times[name], name

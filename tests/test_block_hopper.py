@@ -15,6 +15,7 @@ import pytest
 
 import jaxsparse as js
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import preference
 from jaxsparse.ops.block_matmul import tuning
 from jaxsparse.ops.sampled_matmul import tuning as sampled_tuning
