@@ -184,7 +184,7 @@ def crossings(rows) -> str:
 
 
 def grid(rows) -> str:
-  """All forward products of random patterns: ratio to the dense dot."""
+  """All products of random patterns, "forward" or "forward, dx, dw": ratio to the dense dot."""
   found = by_case(rows)
   densities = sorted({row["density"] for row in rows if row["density"] < 1}, reverse=True)
   lines = []
@@ -192,9 +192,9 @@ def grid(rows) -> str:
     for block in BLOCKS:
       parts = []
       for density in densities:
-        texts = [number(ratio(found, k, o, batch, block, density, "random", product)) for product in PRODUCTS]
-        parts.append(", ".join(text for text in texts if text))
-      if any(parts):
+        texts = [number(ratio(found, k, o, batch, block, density, "random", product)) or "-" for product in PRODUCTS]
+        parts.append(texts[0] if texts[1:] == ["-", "-"] else ", ".join(texts))
+      if any(part != "-" for part in parts):
         lines.append([f"{k} x {o}", batch, block, *parts])
   return table(["K x O", "rows", "block", *(f"{d:g}" for d in densities)], lines)
 

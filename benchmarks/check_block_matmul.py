@@ -4,7 +4,7 @@
 
 Every block size, empty, full, ragged and skewed patterns, few rows, more tiles than fit on the device at a time, both forms,
 three dtypes of the result; forward, transposed and sampled product, also as gradients. Errors are relative to float32
-products of XLA of the same operands. Without a name each product takes what it takes by itself where the dense dot is no
+products of NumPy of the same operands. Without a name each product takes what it takes by itself where the dense dot is no
 choice. The last lines are a table of times at 8192 x 8192 x 8192 beside the dense dot. Exits with 1 if anything is wrong.
 """
 
@@ -75,22 +75,16 @@ def products(x, dy, w, out, implementation):
   )
 
 
-@jax.jit
-def _dense_products(x, dy, full):
-  dot = functools.partial(jnp.dot, precision="highest")
-  x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-  return dot(x, full), dot(dy, full.T), dot(x.T, dy)
-
-
 def expected(x, dy, w):
-  """The same in float32, from a dense weight that NumPy puts together."""
+  """The same in float32 by NumPy: nothing to compile, and no code in common with the library."""
   (bk, bo), (rows, cols), grid = w.block_shape, (np.asarray(w.rows), np.asarray(w.cols)), w.grid
   live = cols < grid[1]
   tiles = np.zeros((*grid, bk, bo), np.float32)
   tiles[rows[live], cols[live]] = np.asarray(w.blocks).astype(np.float32)[live]
-  y, dx, full = _dense_products(x, dy, jnp.asarray(tiles.transpose(0, 2, 1, 3).reshape(w.shape)))
-  full = np.asarray(full).reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
-  return y, dx, np.where(live[:, None, None], full[rows, np.minimum(cols, grid[1] - 1)], 0)
+  dense = tiles.transpose(0, 2, 1, 3).reshape(w.shape)
+  x, dy = (np.asarray(a).astype(np.float32) for a in (x, dy))
+  full = (x.T @ dy).reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
+  return x @ dense, dy @ dense.T, np.where(live[:, None, None], full[rows, np.minimum(cols, grid[1] - 1)], 0)
 
 
 def error(got, want) -> float:
@@ -122,7 +116,7 @@ def checks():
   for i, block in enumerate(_BLOCKS):
     size = "{}x{}".format(*block)
     yield f"{size}, 300 rows", make(k, o, block, 0.3, seed=i), 300, None
-    for rows in (1, 16, 64):
+    for rows in (1, 16, 64) if block in _SQUARE else (16,):
       yield f"{size}, {rows} rows", make(k, o, block, 0.2, seed=i), rows, jnp.float32 if rows == 16 else None
   for block in _SQUARE:
     size = "{}x{}".format(*block)
@@ -138,7 +132,7 @@ def checks():
     if big:  # at least three tiles to a multiprocessor in each product: those fetched from a counter come round
       yield f"{size}, many tiles", make(4096, 4096, block, 0.8), 5000, None
       yield f"{size}, many tiles, skewed", make(4096, 4096, block, 0.2, skew=True, extra=9), 5000, None
-      yield f"{size}, few rows, many tiles", make(8192, 14336, block, 0.1), 16, None
+      yield f"{size}, few rows, many tiles", make(4096, 14336, block, 0.1), 16, None
 
 
 def times(implementation):
