@@ -264,8 +264,10 @@ def bound(case, w) -> tuple[float, str]:
   needed = {"memory": 2 * (batch * along + kept), "tensor cores": 2 * batch * kept}
   plan, size, depth = (plans.forward, bo, bk) if case["product"] == "fwd" else (plans.transposed, bk, bo)
   if case["product"] == "dw":
-    tiles = int(-(-entries * bo // _plan.SAMPLED_COLUMNS).sum()) * max(1, bk // _plan.TILE)
-    needed["L2"] = 2 * batch * (tiles * _plan.TILE + int(entries.sum()) * max(1, bk // _plan.TILE) * bo)
+    sampled, high = plans.sampled, max(1, bk // _plan.TILE)
+    pieces = sampled.items[: sampled.counts[0]]
+    columns = int((pieces[:, 2] - pieces[:, 1]).sum()) * bo
+    needed["L2"] = 2 * batch * high * (len(pieces) * _plan.sampled_height(bk, w.density) + columns)
   else:
     # Two tiles of 256 rows may share what they load of w.
     columns = int(plan.starts[-1]) * max(1, size // _plan.TILE) * depth
