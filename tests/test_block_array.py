@@ -58,6 +58,9 @@ def test_capacity_and_padding():
   np.testing.assert_array_equal(a.to_dense(), w)
   with pytest.raises(ValueError, match="do not fit into capacity=1"):
     js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=1)
+  assert (
+    js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=mask.sum()).capacity == mask.sum()
+  )  # NumPy's int
 
 
 def test_inside_jit():
@@ -85,6 +88,12 @@ def test_from_blocks_sorts():
     js.BlockArray.from_blocks(blocks, [0, 1, 0], [2, 0, 0], (8, 6), capacity=2)
   with pytest.raises(ValueError, match="integers"):
     js.BlockArray.from_blocks(blocks, [0.0, 1, 0], [2, 0, 0], (8, 6))
+  for capacity in (0, 3.0, True):
+    with pytest.raises(ValueError, match=f"capacity={capacity}; a positive integer"):
+      js.BlockArray.from_blocks(blocks, [0, 1, 0], [2, 0, 0], (8, 6), capacity=capacity)
+  for rows, message in (([0, 2, 0], "lies at row 2"), ([0, 0, 0], "blocks 0 and 1 overlap")):
+    with pytest.raises(ValueError, match=message):
+      js.BlockArray.from_blocks(blocks, rows, [2, 0, 0], (8, 6))
 
 
 @pytest.mark.parametrize(

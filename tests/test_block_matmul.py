@@ -199,8 +199,17 @@ def test_masked_block_matmul_overflows_to_dense():
     np.testing.assert_allclose(dw, (float64(x).T @ (2 * float64(x) @ kept)) * np.kron(mask, np.ones((4, 4))), atol=1e-3)
     np.testing.assert_allclose(dx, 2 * float64(x) @ kept @ kept.T, atol=1e-3)
   assert run._cache_size() == 1
-  with pytest.raises(ValueError, match="one entry for each block of 4x4"):
-    js.ops.masked_block_matmul(x, w, np.ones((3, 3)), (4, 4), capacity=3)
+  for change, message in (
+    (dict(mask=np.ones((3, 3))), r"one entry for each block of 4x4: \(4, 3\)"),
+    (dict(mask=np.ones(4)), "mask has shape"),
+    (dict(block_shape=(5, 4)), "blocks of 5x4 need two axes"),
+    (dict(block_shape=(4,)), r"block_shape=\(4,\); two positive integers"),
+    (dict(capacity=0), "capacity=0; a positive integer"),
+    (dict(x=x[:, :3]), "the last axis of x must be 16"),
+  ):
+    arguments = dict(x=x, w=w, mask=np.ones((4, 3)), block_shape=(4, 4), capacity=3) | change
+    with pytest.raises(ValueError, match=message):
+      js.ops.masked_block_matmul(**arguments)
 
 
 @pytest.mark.parametrize("axis", ["rows", "reduction"])
@@ -220,8 +229,12 @@ def test_compact(axis):
     grads = jax.grad(lambda w: jnp.sum(run(x, w, mask)))(w)
     assert np.isfinite(grads).all()
   assert run._cache_size() == 1
+  found = js.ops.compact(mask, np.int64(2))  # more than fit: the first of them, and how many there are
+  assert (found.indices.tolist(), int(found.count)) == ([1, 2], 4)
   with pytest.raises(ValueError, match="capacity=0"):
     js.ops.compact(mask, 0)
+  with pytest.raises(ValueError, match="one dimension"):
+    js.ops.compact(mask[None], 2)
   with pytest.raises(ValueError, match="must divide the axis"):
     js.ops.compact_matmul(x, w, np.ones(5, bool), axis=axis, capacity=2)
   with pytest.raises(ValueError, match="axis='columns'"):
@@ -356,6 +369,8 @@ def test_errors():
     js.ops.block_matmul(x, w, preferred_element_type=jnp.int8)
   with pytest.raises(ValueError, match=r"dy must be \(6, 8\)"):
     js.ops.sampled_matmul(x, dy[:3], w)
+  with pytest.raises(TypeError, match="sampled_matmul: at is a ndarray; a BlockArray"):
+    js.ops.sampled_matmul(x, dy, np.ones((3, 4), bool))
   with pytest.raises(TypeError, match="plan_blocks takes a BlockArray"):
     js.ops.plan_blocks(x)
   with pytest.raises(ValueError, match="one layer is needed"):

@@ -197,7 +197,7 @@ class BlockArray:
       TypeError: w is not bfloat16, float16 or float32.
     """
     w = jnp.asarray(w)
-    (bk, bo), grid = _check_tiling(w.shape, block_shape, name)
+    (bk, bo), grid = check_tiling(w.shape, block_shape, name)
     _check_float(w.dtype, name)
     tiles = w.reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
     if mask is None:
@@ -242,7 +242,7 @@ class BlockArray:
           "for blocks [N, bk, bo]."
         )
     order = jnp.lexsort((rows, cols))
-    extra = 0 if capacity is None else capacity - blocks.shape[0]
+    extra = 0 if capacity is None else _block_positions.check_capacity(capacity, "BlockArray") - blocks.shape[0]
     if extra < 0:
       raise ValueError(f"BlockArray: {blocks.shape[0]} blocks do not fit into capacity={capacity}.")
     outside = shape[1] // blocks.shape[2] if blocks.shape[2] else 0
@@ -294,7 +294,7 @@ def check(w: BlockArray) -> None:
     raise ValueError("BlockArray: capacity 0; a weight without blocks keeps one empty slot, whose column is O / bo.")
   if len(w.shape) != 2:
     raise ValueError(f"BlockArray: shape={w.shape}; allowed is (K, O).")
-  _, grid = _check_tiling(w.shape, w.block_shape, "BlockArray")
+  _, grid = check_tiling(w.shape, w.block_shape, "BlockArray")
   for name in ("rows", "cols"):
     value = getattr(w, name)
     if tuple(value.shape) != (w.capacity,) or jnp.dtype(value.dtype) != jnp.int32:
@@ -305,7 +305,8 @@ def check(w: BlockArray) -> None:
     _block_positions.check(np.asarray(w.rows), np.asarray(w.cols), grid)
 
 
-def _check_tiling(shape, block_shape, name) -> tuple[tuple[int, int], tuple[int, int]]:
+def check_tiling(shape: tuple[int, ...], block_shape: Any, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
+  """((bk, bo), grid); ValueError if blocks do not tile the shape."""
   block = tuple(block_shape) if isinstance(block_shape, (tuple, list)) else block_shape
   if not (
     isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, (int, np.integer)) and b > 0 for b in block)

@@ -45,8 +45,8 @@ def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[j
   Raises:
     ValueError: no capacity, or one that the kept blocks do not fit into.
   """
-  if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
-    raise ValueError(f"{name}: capacity={capacity!r}; a positive integer is needed, also for a weight without blocks.")
+  if capacity is not None:
+    capacity = check_capacity(capacity, name)
   if _nm_array.is_concrete(keep):
     kept = np.asarray(keep)
     cols, rows = np.nonzero(kept.T)
@@ -64,6 +64,13 @@ def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[j
   flat = jnp.nonzero(keep.T.reshape(-1), size=capacity, fill_value=block_rows * block_cols)[0].astype(jnp.int32)
   cols = flat // block_rows
   return jnp.where(cols < block_cols, flat % block_rows, 0), cols
+
+
+def check_capacity(capacity: Any, name: str) -> int:
+  """The capacity as an int; ValueError if it is no positive integer."""
+  if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or capacity < 1:
+    raise ValueError(f"{name}: capacity={capacity!r}; a positive integer is needed, also where nothing is kept.")
+  return int(capacity)
 
 
 def check(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.arrays import _block_positions
+
 
 class Compact(NamedTuple):
   """Where a mask is True.
@@ -38,8 +40,7 @@ def compact(mask: Any, capacity: int) -> Compact:
   mask = jnp.asarray(mask).astype(bool)
   if mask.ndim != 1:
     raise ValueError(f"compact: mask has shape {mask.shape}; one dimension is needed.")
-  if not isinstance(capacity, int) or capacity < 1:
-    raise ValueError(f"compact: capacity={capacity!r}; a positive integer is needed.")
+  capacity = _block_positions.check_capacity(capacity, "compact")
   indices = jnp.nonzero(mask, size=capacity, fill_value=mask.size)[0]
   return Compact(indices.astype(jnp.int32), mask.sum(dtype=jnp.int32))
 

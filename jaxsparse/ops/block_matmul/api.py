@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.arrays import _block_array
+from jaxsparse.arrays import _block_positions
 from jaxsparse.ops import _dispatch
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import choice as choices
@@ -143,11 +144,16 @@ def masked_block_matmul(
     As `block_matmul` and `BlockArray.from_dense`.
   """
   x, w, mask = jnp.asarray(x), jnp.asarray(w), jnp.asarray(mask).astype(bool)
-  block_rows, block_cols = mask.shape if mask.ndim == 2 else (0, 0)
-  if (block_rows * block_shape[0], block_cols * block_shape[1]) != w.shape:
+  block_shape, grid = _block_array.check_tiling(w.shape, block_shape, "masked_block_matmul: w")
+  capacity = _block_positions.check_capacity(capacity, "masked_block_matmul")
+  if x.ndim < 1 or x.shape[-1] != w.shape[0]:
+    raise ValueError(
+      f"masked_block_matmul: x has shape {x.shape}, w {w.shape}; the last axis of x must be {w.shape[0]}."
+    )
+  if mask.shape != grid:
     raise ValueError(
       f"masked_block_matmul: mask has shape {mask.shape} and w {w.shape}; the mask needs one entry for each block of "
-      f"{block_shape[0]}x{block_shape[1]}."
+      f"{block_shape[0]}x{block_shape[1]}: {grid}."
     )
   wide = lambda: jnp.repeat(jnp.repeat(mask, block_shape[0], 0), block_shape[1], 1)
 
@@ -182,19 +188,24 @@ def _run(call, transposed, x, w):
 
 def check(op: str, x: Any, w: Any, width: int | None, out: Any) -> None:
   """Errors for operands that do not fit; `width` is the last axis of x, None: K."""
+  name = "at" if op == "sampled_matmul" else "w"
   if not isinstance(w, _block_array.BlockArray):
+    dense = "the product of dense arrays is x.T @ dy" if name == "at" else "for a dense weight use x @ w"
     raise TypeError(
-      f"{op}: w is a {type(w).__name__}; a BlockArray (js.compress, BlockArray.from_dense) is needed. For a dense weight "
-      "use x @ w."
+      f"{op}: {name} is a {type(w).__name__}; a BlockArray (js.compress, BlockArray.from_dense) is needed; {dense}."
     )
   if len(w.blocks.shape) != 3:
-    raise ValueError(f"{op}: w is {w!r}; one layer is needed. Run over stacked layers with jax.lax.scan or jax.vmap.")
+    raise ValueError(
+      f"{op}: {name} is {w!r}; one layer is needed. Run over stacked layers with jax.lax.scan or jax.vmap."
+    )
   width = w.shape[0] if width is None else width
   if len(x.shape) < 1 or x.shape[-1] != width:
-    raise ValueError(f"{op}: x has shape {tuple(x.shape)}, w {w.shape}; the last axis of x must be {width}.")
+    raise ValueError(f"{op}: x has shape {tuple(x.shape)}, {name} {w.shape}; the last axis of x must be {width}.")
   if jnp.dtype(x.dtype).name not in DTYPES:
     raise TypeError(f"{op}: x is {x.dtype}; allowed are {', '.join(DTYPES)}.")
   if jnp.dtype(w.dtype) != jnp.dtype(x.dtype):
-    raise TypeError(f"{op}: x is {x.dtype}, w {w.dtype}; make them equal: x.astype(w.dtype) or w.astype(x.dtype).")
+    raise TypeError(
+      f"{op}: x is {x.dtype}, {name} {w.dtype}; make them equal: x.astype({name}.dtype) or {name}.astype(x.dtype)."
+    )
   if out.name not in DTYPES:
     raise TypeError(f"{op}: preferred_element_type={out.name}; allowed are {', '.join(DTYPES)}.")

@@ -54,6 +54,6 @@ def break_even(w: Any, batch: int, product: str) -> tuple[float, str]:
 
 @functools.cache
 def measured() -> dict[str, Any]:
-  """What `benchmarks/block_matmul.py --measured=` wrote, of the nearest device there is."""
+  """What `benchmarks/block_matmul_table.py --measured=` wrote, of the nearest device there is."""
   path = importlib.resources.files("jaxsparse.ops.block_matmul") / "measured" / "nvidia_h100.json"
   return json.loads(path.read_text())
