@@ -46,7 +46,7 @@ import report
 import tqdm
 
 import jaxsparse as js
-from jaxsparse.arrays import _block_array
+from jaxsparse.arrays import _block_positions
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import arg_specs
 from jaxsparse.ops.block_matmul import preference
@@ -135,7 +135,7 @@ def sides(case) -> tuple[int, int]:
   return tuple(map(int, case["block"].split("x")))
 
 
-def positions_of(case) -> _block_array.Positions:
+def positions_of(case) -> _block_positions.StaticPositions:
   """Where the blocks of a case's weight lie; there is one at least."""
   (bk, bo), rng = sides(case), np.random.default_rng(case["K"] + case["O"])
   grid = (case["K"] // bk, case["O"] // bo)
@@ -150,7 +150,7 @@ def positions_of(case) -> _block_array.Positions:
   keep = (rng.random(grid) < share).T
   keep[0, 0] |= not keep.any()
   cols, rows = np.nonzero(keep)
-  return _block_array.Positions(rows.astype(np.int32), cols.astype(np.int32))
+  return _block_positions.StaticPositions(rows.astype(np.int32), cols.astype(np.int32))
 
 
 def weight(case, positions, blocks) -> js.BlockArray:
