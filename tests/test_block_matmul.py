@@ -331,6 +331,27 @@ def test_long_lists_are_cut(lengths, depth):
   assert (parts[0] > len(lengths)) == bool(long)
 
 
+class _Rounded(np.ndarray):
+  """Quotients in float32 that are `ulps` off, as XLA's on a GPU may be."""
+
+  ulps = 0
+
+  def __truediv__(self, other):
+    quotient = (np.asarray(self) / np.asarray(other)).astype(np.float32)
+    return (quotient * np.float32(1 + self.ulps * 2.0**-23)).view(type(self))
+
+
+@pytest.mark.parametrize("ulps", [-1, 1])
+def test_cuts_need_no_exact_division(ulps, monkeypatch):
+  """No entry is lost where quotients of multiples lie beside integers."""
+  monkeypatch.setattr(_Rounded, "ulps", ulps)
+  for lengths in ([100, 90, 80, 70] + [1] * 60, [96] + [3] * 31, [60, 48, 36] + [0] * 45):
+    starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    got = np.asarray(_plan._parts(np, starts.view(_Rounded), 128))
+    check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=got, units=None))
+    np.testing.assert_array_equal(got, _plan._parts(np, starts, 128))
+
+
 def test_plan_puts_columns_with_common_rows_together():
   mask = np.zeros((6, 6), bool)
   mask[:2, [0, 3]] = mask[2:4, [1, 5]] = mask[4:, [2, 4]] = True

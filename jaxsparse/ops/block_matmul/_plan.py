@@ -243,10 +243,12 @@ def _parts(xp, starts, depth):
   counts = starts[1:] - starts[:-1]
   lists = counts.shape[0]
   room, least = extra_parts(lists), -(-_LEAST // depth)
-  # These numbers are small: quotients in float32 are as good as those of integers, and a third of the operations.
+  # These numbers are small: quotients in float32 are as good as those of integers, and a third of the operations. But XLA's
+  # on a GPU are off by an ulp, so a half keeps dividends away from multiples of the divisor.
   as32 = lambda a: a.astype(np.int32)
-  most = xp.maximum(least, xp.ceil(np.array(_CUTS, np.int32) * starts[-1] / lists))  # of a part, for each of the cuts
-  pieces = xp.maximum(1, as32(xp.ceil(counts / most[:, None])))
+  ceil_div, floor_div = lambda a, b: xp.ceil((a - 0.5) / b), lambda a, b: as32(xp.floor((a + 0.5) / b))
+  most = xp.maximum(least, ceil_div(np.array(_CUTS, np.int32) * starts[-1], lists))  # of a part, for each of the cuts
+  pieces = xp.maximum(1, as32(ceil_div(counts, most[:, None])))
   pieces = pieces[xp.argmax((pieces - 1).sum(1) <= room)]
   order = xp.argsort(-(counts / pieces), stable=True)
   pieces, counts, starts = pieces[order], counts[order], starts[:-1][order]
@@ -255,7 +257,7 @@ def _parts(xp, starts, depth):
   rank = xp.minimum((part[:, None] >= ends).sum(1), lists - 1)
   pieces, before = pieces[rank], ends[rank] - pieces[rank]
   of_list = part - before
-  begin, end = (starts[rank] + as32(xp.floor(counts[rank] * p / pieces)) for p in (of_list, of_list + 1))
+  begin, end = (starts[rank] + floor_div(counts[rank] * p, pieces) for p in (of_list, of_list + 1))
   leaves = of_list < pieces - 1
   # Every list before has a last part, which leaves no sums.
   place = before - rank + xp.where(leaves, of_list, 0)
