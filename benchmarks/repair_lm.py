@@ -3,7 +3,8 @@
   PYTHONPATH=. python benchmarks/repair_lm.py --rows=dense/text/200,2:4/distill/200,2:4/text/200 [--out=results/repair_lm]
 
 A row is a pattern (the fraction to remove, n:m, or `dense`), a loss (`distill`: the divergence from the dense model, `text`:
-the next token, or the share of the divergence, such as 0.5) and the number of steps; pruned is by `configs/smollm2_alps.py`.
+the next token, or the share of the divergence, such as 0.5; `ast` and `cast`: the divergence, with masks that move and the
+learning rate of `configs/smollm2_retrain.py`, for n:m) and the number of steps; pruned is by `configs/smollm2_alps.py`.
 Seconds are those of the steps, compilation apart. Perplexity is that of the test rows of `experiments/text_rows.py`, which
 nothing is trained or calibrated on. Rows are written as they come, and kept by a later run with the same --out.
 """
@@ -22,6 +23,7 @@ import report
 
 from configs import smollm2_alps
 from configs import smollm2_repair
+from configs import smollm2_retrain
 from experiments import language_models
 from experiments import model_blocks
 from experiments import perplexity
@@ -38,6 +40,7 @@ _LAYERS = flags.DEFINE_integer("layers", None, "Keeps the first blocks only: to 
 _OUT = flags.DEFINE_string("out", "results/repair_lm", "Where the JSON goes, without suffix.")
 
 LOSSES = {"distill": 1.0, "text": 0.0}
+MOVING = ("ast", "cast")
 COLUMNS = (
   "row",
   "learning_rate",
@@ -52,24 +55,27 @@ COLUMNS = (
 
 
 def pruned(pattern, model, rows):
-  """(parameters, masks) by ALPS with corrected targets."""
+  """(parameters, masks, structure) by ALPS with corrected targets."""
   config = smollm2_alps.get_config()
   if ":" not in pattern:
     config.structure, config.sparsity = ConfigDict(dict(name="FixedFanIn")), float(pattern)
   part = model._replace(params=model_blocks.prunable(model.params))
   config.batch_size = _BATCH.value or config.batch_size
   prune_lm.prune_model(part, rows.calibration, prune_lm.create_pruner(config), config)
-  return part.params, list(part.params["blocks"].masks())
+  return part.params, list(part.params["blocks"].masks()), prune_lm.structure_of(config)
 
 
 def measure(row, start, model, rows) -> dict:
   """A line of the table; start is what `pruned` gives."""
   _, loss, steps = row.split("/")
-  options = smollm2_repair.get_config().repair
-  options.distill = LOSSES[loss] if loss in LOSSES else float(loss)
+  options = (smollm2_retrain if loss in MOVING else smollm2_repair).get_config().repair
+  if loss in MOVING:
+    options.algorithm = loss
+  else:
+    options.distill = LOSSES[loss] if loss in LOSSES else float(loss)
   options.attention, options.learning_rate = _ATTENTION.value, _RATE.value or options.learning_rate
-  params, masks = start
-  train = lambda: repair.repair(params, masks, model.params, model.config, rows.training, options)
+  params, masks, structure = start
+  train = lambda: repair.repair(params, masks, model.params, model.config, rows.training, options, structure=structure)
   evaluate = lambda p: [perplexity.perplexity(p, model.config, r) for r in (rows.test, rows.brown)]
   found = {"row": row, "learning_rate": options.learning_rate, "batch": options.batch_size}
   found["before"], found["before_brown"] = evaluate(params)
@@ -77,7 +83,7 @@ def measure(row, start, model, rows) -> dict:
   train()  # compiles
   options.steps = int(steps)
   begin = time.perf_counter()
-  after, losses = jax.block_until_ready(train())
+  after, _, losses = jax.block_until_ready(train())
   found["seconds"] = time.perf_counter() - begin
   found["after"], found["after_brown"] = evaluate(after)
   return found | {"first_loss": losses[0], "last_loss": losses[-1]}
@@ -97,7 +103,7 @@ def main(argv):
   at_a_time = len(patterns) if jax.default_backend() == "gpu" else 1  # there, compiling takes longest
   with futures.ThreadPoolExecutor(max(1, at_a_time)) as pool:
     starts = dict(zip(patterns, pool.map(lambda pattern: pruned(pattern, model, rows), patterns)))
-  starts["dense"] = model.params, None
+  starts["dense"] = model.params, None, None
   for row in _ROWS.value:
     found = measure(row, starts[row.split("/")[0]], model, rows)
     key = lambda line: (line["row"], line["learning_rate"])

@@ -34,11 +34,14 @@ def get_config():
   config.layer_by_layer = False
   # Methods that fit outputs: make up for the error of earlier layers too, this firmly bound to the dense weights.
   config.ridge = config_dict.placeholder(float)
-  # Training of kept weights and norms with fixed masks; 0 steps for none. `distill` is the dense model's share in the
+  # Training of weights and norms; 0 steps for none. `distill` is the dense model's share in the
   # loss, the rest is the loss on the text; `attention` "cudnn" halves a step's time on a GPU; `dense_baseline` trains the
   # dense model on the same rows as long.
   config.repair = ConfigDict(dict(steps=0, batch_size=64, learning_rate=1e-3, distill=1.0, dense_baseline=True))
   config.repair.update(dtype="bfloat16", attention="xla")
+  # "static": masks stay. For N:M also "ast" and "cast": every so many updates the largest weights are the kept ones,
+  # and a pull with this strength in the end takes masked ones to 0.
+  config.repair.update(algorithm="static", every=10, strength=2e-3)
   # N:M layers stored as integers: 8 or 4 bits, with a scale for each `group` rows; 0 bits for bfloat16. "nearest" rounds
   # last; "gptq" while it prunes, so that what comes later makes up for it.
   config.quantize = ConfigDict(dict(bits=0, group=64, method="nearest"))

@@ -32,6 +32,7 @@ from experiments import language_models
 from experiments import llama
 from experiments import llama_files
 from experiments import model_blocks
+from experiments import moving_masks
 from experiments import perplexity
 from experiments import prune_report
 from experiments import pruners
@@ -40,6 +41,7 @@ from experiments import text_rows
 import jaxsparse as js
 from jaxsparse import calibration
 from jaxsparse import quant
+from jaxsparse import structures
 
 FIELDS = (
   "model data_dir dtype streamed length batch_size method structure sparsity allocation sequential layer_by_layer ridge repair "
@@ -97,18 +99,26 @@ def prune_lm(
   if config.repair.steps:
     start = time.perf_counter()
     train = functools.partial(
-      repairs.repair, dense=dense, config=model.config, rows=rows.training, options=config.repair, seed=config.seed
+      repairs.repair,
+      dense=dense,
+      config=model.config,
+      rows=rows.training,
+      options=config.repair,
+      structure=pruner.structure,
+      seed=config.seed,
     )
-    params, report.losses = train(params, list(pruned.masks()), progress=lambda steps: _bar(steps, desc="repair"))
+    steps_bar = lambda steps: _bar(steps, desc="repair")
+    params, masks, report.losses = train(params, list(pruned.masks()), progress=steps_bar)
     report.seconds["repair"] = time.perf_counter() - start
     evaluate("repaired", params)
     if config.repair.dense_baseline:
-      same, _ = train(dense, None, progress=lambda steps: _bar(steps, desc="dense, the same steps"))
+      same, *_ = train(dense, None, progress=lambda steps: _bar(steps, desc="dense, the same steps"))
       evaluate("dense, trained as long", same)
       del same
     del dense
 
-  compressed = compress(params, pruned.masks(), pruner.structure, config.quantize, scales)
+  masks = masks if config.repair.steps else pruned.masks()
+  compressed = compress(params, masks, pruner.structure, config.quantize, scales)
   report.storage(compressed)
   report.file_bytes = language_models.save(workdir / "model", model._replace(params=compressed))
   if isinstance(pruner.structure, js.NM):
@@ -208,15 +218,20 @@ def _pack(w, scales, mask, structure, bits):
 
 def create_pruner(config: ConfigDict) -> pruners.Pruner:
   """The method with its structure: FixedFanIn, Unstructured, NM or Block, and its arguments."""
+  method = config.method.to_dict()
+  quantize = config.quantize
+  gptq = (quantize.bits, quantize.group) if quantize.bits and quantize.method == "gptq" else None
+  return pruners.Pruner(method.pop("name"), structure_of(config), config.sparsity, method, config.ridge, gptq)
+
+
+def structure_of(config: ConfigDict) -> structures.AbstractStructure:
+  """What is removed together, as the configuration says."""
   arguments = config.structure.to_dict()
   name = arguments.pop("name")
   known = ("FixedFanIn", "Unstructured", "NM", "Block")
   if name not in known:
     raise ValueError(f"config.structure.name is {name!r}; allowed are {', '.join(known)}.")
-  method = config.method.to_dict()
-  quantize = config.quantize
-  gptq = (quantize.bits, quantize.group) if quantize.bits and quantize.method == "gptq" else None
-  return pruners.Pruner(method.pop("name"), getattr(js, name)(**arguments), config.sparsity, method, config.ridge, gptq)
+  return getattr(js, name)(**arguments)
 
 
 def is_streamed(config: ConfigDict) -> bool:
@@ -240,6 +255,7 @@ def check_fields(config: ConfigDict) -> None:
     )
   if config.repair.attention not in ("xla", "cudnn"):
     raise ValueError(f"config.repair.attention is {config.repair.attention!r}; allowed are 'xla' and 'cudnn'.")
+  moving_masks.check(config.repair, structure_of(config))
   if config.quantize.bits and config.structure.name != "NM":
     raise ValueError(f"config.quantize.bits={config.quantize.bits}: only N:M layers are stored with integers.")
   if config.quantize.method not in ("nearest", "gptq"):

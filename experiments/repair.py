@@ -1,4 +1,4 @@
-"""Repair of a pruned language model: kept weights and norms are trained on with fixed masks, following the dense model."""
+"""Repair of a pruned language model: training on, with masks that stay or move, following the dense model."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -13,10 +13,12 @@ import optax
 
 from experiments import causal_attention
 from experiments import llama
+from experiments import moving_masks
 import jaxsparse as js
 from jaxsparse import recipes
 
 _ROWS = 8  # whose logits are held at a time
+_B2 = 0.98
 
 
 def repair(
@@ -27,10 +29,11 @@ def repair(
   rows: np.ndarray,
   options: ConfigDict,
   *,
+  structure: Any = None,
   seed: int = 0,
   progress: Callable[[Iterator], Iterator] = iter,
-) -> tuple[dict[str, Any], list[float]]:
-  """Trains everything but the embedding and the head, with masked weights held at 0.
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None, list[float]]:
+  """Trains everything but the embedding and the head; what it returns is 0 where it is masked.
 
   Args:
     params: pruned parameters.
@@ -38,76 +41,100 @@ def repair(
     dense: parameters of the model that is followed.
     config: of the model.
     rows: int `[R, T]`, to train on.
-    options: `steps`, `batch_size`, `learning_rate` (Adam; a cosine to 0, rising over the first tenth of the steps), `distill` (share of
-      the divergence from the dense model in the loss; the rest is the loss on the text), `dtype` (of products) and
+    options: `algorithm` ("static": masks stay; "ast" or "cast": they move, see `experiments/moving_masks.py`, with
+      `every` updates between new ones and a pull of `strength` on masked weights), `steps`, `batch_size`,
+      `learning_rate` (Adam; a cosine to 0, rising over the first tenth of the steps), `distill` (share of the
+      divergence from the dense model in the loss; the rest is the loss on the text), `dtype` (of products) and
       `attention` ("xla", or "cudnn" on a GPU, in 16 bits: half the time of a step there).
+    structure: that the model was pruned to, for masks that move.
     seed: of the order of rows.
     progress: wraps the steps, such as `tqdm.tqdm`.
 
   Returns:
-    The parameters, and the loss of every step.
+    The parameters, their masks (the given ones where they stay), and the loss of every step; CAST's forward pass is
+    dense, so its losses are not those of a sparse model.
 
   Raises:
-    ValueError: fewer rows than a batch has.
+    ValueError: fewer rows than a batch has, or an algorithm that is unknown or does not suit.
     FloatingPointError: the loss is not finite.
   """
   if options.batch_size > len(rows):
     raise ValueError(f"repair.batch_size={options.batch_size} is more than the {len(rows)} training rows.")
+  moving = masks is not None and options.algorithm != "static"
+  if moving:
+    moving_masks.check(options, structure)
   linears = None if masks is None else tuple(masks[0])
-  tx, step = _program(config, linears, options.distill, options.dtype, options.attention)
+  moves = (options.algorithm, structure, options.every, options.strength) if moving else None
+  updater, init, step = _program(config, linears, moves, options.distill, options.dtype, options.attention)
   trained = _stacked(params)
   fixed = {name: value for name, value in dense.items() if name in ("embedding", "head")}
-  opt_state = jax.jit(tx.init)(trained)
+  named = None if masks is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)
+  if moving:
+    trained["blocks"] = moving_masks.start(updater, trained["blocks"], _stacked(dense)["blocks"], named, structure)
+  opt_state = init(trained)
   if masks is not None:
-    named = jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)
     by_leaf = {"norm": None, "blocks": {name: named.get(name) for name in trained["blocks"]}}
     opt_state = js.set_masks(opt_state, by_leaf)
   at = (np.arange(options.steps) + 0.5) / options.steps
   rates = options.learning_rate * np.minimum(1, 10 * at) * (1 + np.cos(np.pi * at)) / 2
-  rates = rates.astype(np.float32)
+  rates, shares = rates.astype(np.float32), at.astype(np.float32)
   teacher = jax.tree.map(lambda leaf: leaf.astype(options.dtype), _stacked(dense))
   losses = []
   for i in progress(range(options.steps)):
     tokens = jnp.asarray(_batch(rows, seed, i, options.batch_size), jnp.int32)
-    trained, opt_state, loss = step(trained, opt_state, teacher, fixed, tokens, rates[i])
+    trained, opt_state, loss = step(trained, opt_state, teacher, fixed, tokens, rates[i], shares[i])
     losses.append(loss)
   losses = [float(loss) for loss in jax.device_get(losses)]
   if not np.isfinite(losses).all():
     at = int(np.flatnonzero(~np.isfinite(losses))[0])
     raise FloatingPointError(f"repair: the loss of step {at} is {losses[at]}; lower repair.learning_rate.")
-  blocks = [jax.tree.map(lambda leaf: leaf[i], trained["blocks"]) for i in range(config.layers)]
-  return {**params, "blocks": blocks, "norm": trained["norm"]}, losses
+  if moving:
+    trained, found = updater.export(trained, opt_state)
+    masks = _split({name: found["blocks"][name] for name in linears}, config.layers)
+  return {**params, "blocks": _split(trained["blocks"], config.layers), "norm": trained["norm"]}, masks, losses
 
 
 @functools.cache
 def _program(
-  config: llama.Config, linears: tuple[str, ...] | None, distill: float, dtype: str, attention: str
-) -> tuple[Any, Any]:
-  """The optimizer and the compiled step, the same for every mask and number of steps."""
-  # Given masks: of the updaters whose masks never change, this one does not make any of its own first.
-  rules = lambda: js.Rules((rf"blocks/({'|'.join(linears)})", js.Unstructured()), (".*", None))
-  updater = js.no_prune() if linears is None else js.snip(sparsity=0.5, rules=rules())
-  tx = updater.wrap_optax(optax.chain(optax.scale_by_adam(b2=0.98), _scale_by_rate()))
+  config: llama.Config, linears: tuple[str, ...] | None, moves: tuple | None, distill: float, dtype: str, attention: str
+) -> tuple[Any, Any, Any]:
+  """The updater, and the compiled start and step of its optimizer, the same for every mask and number of steps."""
+  updater, optimizer = _updater(linears, moves)
   attend = {
     "xla": causal_attention.causal_attention,
     "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
   }[attention]
   hidden = functools.partial(_hidden, config=config, attend=attend)
 
-  def step(trained, opt_state, teacher, fixed, tokens, rate):
+  def step(trained, opt_state, teacher, fixed, tokens, rate, share):
     # The last token is fed too, although nothing is known of what follows it: 255 positions would misalign products.
     theirs = hidden(teacher, fixed, tokens)[:, :-1] if distill else None
 
     def loss_fn(trained):
-      narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
+      used = updater.forward_params(trained, opt_state)
+      narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), used)
       ours = hidden(narrow, fixed, tokens)[:, :-1]
       return _loss(narrow, ours, teacher, theirs, fixed, tokens[:, 1:], config, distill)
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
-    updates, opt_state = tx.update(grads, opt_state, trained, rate=rate)
+    updates, opt_state = optimizer(share).update(grads, opt_state, trained, rate=rate)
     return optax.apply_updates(trained, updates), opt_state, loss
 
-  return tx, jax.jit(step, donate_argnums=(0, 1))
+  return updater, jax.jit(optimizer(0.0).init), jax.jit(step, donate_argnums=(0, 1))
+
+
+def _updater(linears, moves):
+  """(updater, its optimizer as a function of the share of the steps that are done)."""
+  if moves is not None:
+    algorithm, structure, every, strength = moves
+    updater = moving_masks.create_updater(algorithm, structure, every, linears)
+    adam = lambda share: moving_masks.scale_by_adam(algorithm, strength, share, _B2)
+  else:
+    # Given masks: of the updaters whose masks never change, this one does not make any of its own first.
+    rules = lambda: js.Rules((rf"blocks/({'|'.join(linears)})", js.Unstructured()), (".*", None))
+    updater = js.no_prune() if linears is None else js.snip(sparsity=0.5, rules=rules())
+    adam = lambda share: optax.scale_by_adam(b2=_B2)
+  return updater, lambda share: updater.wrap_optax(optax.chain(adam(share), _scale_by_rate()))
 
 
 def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
@@ -155,6 +182,11 @@ def _stacked(params):
   """What is trained, in float32; every leaf of the blocks with the layers on a leading axis."""
   blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *params["blocks"])
   return {"blocks": blocks, "norm": jnp.array(params["norm"], jnp.float32)}  # a copy: what is trained is donated
+
+
+def _split(blocks, layers):
+  """A dictionary for each layer."""
+  return [jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(layers)]
 
 
 def _batch(rows, seed, step, size):

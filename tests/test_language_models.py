@@ -20,6 +20,7 @@ from experiments import language_models
 from experiments import llama
 from experiments import llama_files
 from experiments import model_blocks
+from experiments import moving_masks
 from experiments import npm
 from experiments import perplexity
 from experiments import prune_lm
@@ -360,6 +361,10 @@ def test_every_configuration_can_be_pruned_with(name):
     ({"allocation": {"name": "owls"}}, "allowed are 'uniform' and 'owl'"),
     ({"allocation": {"name": "owl"}, "structure": {"name": "NM", "n": 2, "m": 4}, "sparsity": None}, "owl shares out"),
     ({"quantize": {"bits": 8}}, "only N:M layers are stored"),
+    ({"repair": {"algorithm": "casts"}}, "There is no algorithm 'casts'. Did you mean 'cast'"),
+    ({"repair": {"algorithm": "rigl"}}, "'rigl', which is not made for .* allowed are 'static' .* 'ast', 'cast'"),
+    ({"repair": {"algorithm": "ast"}}, "trains towards N:M, and the model is pruned to FixedFanIn"),
+    (TWO_OF_FOUR | {"repair": {"algorithm": "ast", "every": 0}}, "repair.every=0: updates between new masks"),
     ({"repair": {"attention": "flash"}}, "repair.attention is 'flash'; allowed are 'xla' and 'cudnn'"),
     ({"quantize": {"method": "gtpq"}}, "quantize.method is 'gtpq'; allowed are 'nearest' and 'gptq'"),
     (
@@ -532,7 +537,9 @@ def test_repair_keeps_zeros_and_trains_the_rest(model, rows):
   pruned = [b | {n: jnp.where(m[n], b[n], 0) for n in m} for b, m in zip(model.params["blocks"], masks)]
   options = toy_config("smollm2_alps").repair
   options.update({"steps": 6, "batch_size": 8, "learning_rate": 3e-3})
-  fixed, losses = repair.repair(model.params | {"blocks": pruned}, masks, model.params, CONFIG, rows.training, options)
+  given = model.params | {"blocks": pruned}
+  fixed, same, losses = repair.repair(given, masks, model.params, CONFIG, rows.training, options)
+  assert same is masks
   assert losses[-1] < losses[0]
   for block, old, mask in zip(fixed["blocks"], pruned, masks):
     assert all(bool(((block[n] == 0) | mask[n]).all()) for n in mask)
@@ -541,6 +548,66 @@ def test_repair_keeps_zeros_and_trains_the_rest(model, rows):
   options.batch_size = 64
   with pytest.raises(ValueError, match="batch_size=64 is more than the 32"):
     repair.repair(model.params, masks, model.params, CONFIG, rows.training, options)
+
+
+def divergence(params, model, rows):
+  """From the dense model, of what it predicts next."""
+
+  def logp(params):
+    x = llama.embed(params, rows)
+    for block in params["blocks"]:
+      x = llama.apply_block(block, x, CONFIG)
+    return jax.nn.log_softmax(llama.logits(params, x, CONFIG))
+
+  wanted = logp(model.params)
+  return float((jnp.exp(wanted) * (wanted - logp(params))).sum(-1).mean())
+
+
+@pytest.mark.parametrize("algorithm", ["ast", "cast"])
+def test_retraining_moves_masks_and_ends_two_of_four(model, rows, tmp_path, monkeypatch, algorithm):
+  monkeypatch.setattr(tokenizer, "load", lambda path: Letters())
+  config = toy_config("smollm2_retrain", method={"name": "magnitude"}, ridge=None, layer_by_layer=False)
+  options = dict(algorithm=algorithm, steps=60, every=5, batch_size=8, learning_rate=3e-3, attention="xla")
+  config.repair.update(options)
+  pruner = prune_lm.create_pruner(config)
+  copy = model._replace(params=model_blocks.prunable(model.params))
+  prune_lm.prune_model(copy, rows.calibration, pruner, config)
+  pruned, masks = copy.params, list(copy.params["blocks"].masks())
+  arguments = masks, model.params, CONFIG, rows.training, config.repair
+  params, found, losses = repair.repair(pruned, *arguments, structure=pruner.structure)
+
+  moved = [bool((new[n] != old[n]).any()) for new, old in zip(found, masks) for n in llama.LINEARS]
+  assert all(moved), moved
+  for block, mask in zip(params["blocks"], found):
+    for name in llama.LINEARS:
+      assert (mask[name].reshape(-1, 4, block[name].shape[-1]).sum(1) == 2).all()
+      assert ((block[name] != 0) == mask[name]).all()
+  assert divergence(params, model, rows.training) < 0.8 * divergence(pruned, model, rows.training)
+  if algorithm == "ast":  # CAST's are those of a dense forward pass, in which it starts close to the dense model
+    assert losses[-1] < 0.8 * losses[0]
+
+  compressed = prune_lm.compress(params, found, pruner.structure, config.quantize)
+  language_models.save(tmp_path, model._replace(params=compressed))
+  for block, wanted in zip(language_models.load(tmp_path).params["blocks"], params["blocks"]):
+    for name in llama.LINEARS:
+      assert isinstance(block[name], js.NMArray) and (block[name].n, block[name].m) == (2, 4)
+      np.testing.assert_array_equal(block[name].to_dense(), wanted[name].astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("algorithm", ["ast", "cast"])
+def test_retraining_starts_with_the_masks_of_the_pruned_model(algorithm):
+  rng = np.random.default_rng(3)
+  dense, pruned = ({"q": jnp.asarray(rng.normal(size=(2, 8, 4)), jnp.float32)} for _ in range(2))
+  mask = jnp.asarray(np.tile([True, False, False, True], (2, 4, 2)).swapaxes(1, 2))
+  updater = moving_masks.create_updater(algorithm, js.NM(2, 4), 5, ("q",))
+  found = moving_masks.start(updater, pruned, dense, {"q": mask}, js.NM(2, 4))
+  state = updater.wrap_optax(moving_masks.scale_by_adam(algorithm, 1e-3, 0.0, 0.98)).init({"blocks": found})
+  np.testing.assert_array_equal(js.get_masks(state)["blocks"]["q"], mask)
+  kept = pruned if algorithm == "ast" else dense
+  np.testing.assert_array_equal(found["q"][mask], kept["q"][mask])
+  signs = np.sign(dense["q"][~mask])
+  np.testing.assert_array_equal(np.sign(found["q"][~mask]), signs)
+  assert (jnp.abs(found["q"]) <= jnp.abs(jnp.where(mask, jnp.inf, dense["q"]))).all()
 
 
 def test_commands_say_what_is_wrong(tmp_path):
