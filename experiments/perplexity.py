@@ -35,7 +35,7 @@ def perplexity(
   Raises:
     FloatingPointError: the model's loss is not finite; the message names the first row.
   """
-  losses = np.asarray(row_losses(params, config, rows, product, batch, progress), np.float64)
+  losses = np.asarray(_row_losses(params, config, rows, product, batch, progress), np.float64)
   if not np.isfinite(losses).all():
     row = int(np.flatnonzero(~np.isfinite(losses))[0])
     raise FloatingPointError(
@@ -44,14 +44,7 @@ def perplexity(
   return math.exp(losses.mean())
 
 
-def row_losses(
-  params: Any,
-  config: llama.Config,
-  rows: np.ndarray,
-  product: Callable = llama.matmul,
-  batch: int = 8,
-  progress: Callable[[Iterable], Iterable] = iter,
-) -> np.ndarray:
+def _row_losses(params, config, rows, product, batch, progress) -> np.ndarray:
   """Mean loss of each row of tokens `[R, T]`: float32 `[R]`.
 
   All rows go through a block before the next one is looked at, so that parameters may be streamed from a file. A block is

@@ -23,10 +23,12 @@ _STRIPES = 4  # that have places of their own for sums of parts: few, so that th
 
 
 def div(a, b):
+  """a // b of an int32 that is not negative; `//` would add instructions for those that are."""
   return lax.div(a, jnp.int32(b))
 
 
 def rem(a, b):
+  """a % b, likewise."""
   return lax.rem(a, jnp.int32(b))
 
 

@@ -12,18 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops.block_matmul._hopper_tiles import div, rem
 from jaxsparse.ops.nm_matmul import _hopper_device as device
 from jaxsparse.ops.sampled_matmul._hopper_launch import CHUNK, CHUNKS, COLUMNS, Launch, ROWS, STEP, WARPGROUPS
 
 _LOADERS = 4  # warps of the loading warpgroup
-
-
-def _div(a, b):
-  return lax.div(a, jnp.int32(b))
-
-
-def _rem(a, b):
-  return lax.rem(a, jnp.int32(b))
 
 
 class Segment(NamedTuple):
@@ -70,7 +63,7 @@ class Body:
     self.full, self.empty = scratch["full"], scratch["empty"]
     self.warpgroup, self.block = lax.axis_index("warpgroup"), lax.axis_index("block")
     tiles = refs["counts"][0] * launch.tiles_of_list
-    self.rounds = _div(tiles, launch.threads)
+    self.rounds = div(tiles, launch.threads)
     self.rest = tiles - self.rounds * launch.threads
     # What is left after whole rounds fills none: n blocks of threads, a group, share each of these tiles.
     self.members = jnp.int32(1)
@@ -107,13 +100,13 @@ class Body:
 
   def _tile(self, segment) -> Tile:
     launch, items = self.launch, self.refs["items"]
-    item = 3 * _div(segment.tile, launch.tiles_of_list)
+    item = 3 * div(segment.tile, launch.tiles_of_list)
     which, begin, end = (items[item + i] for i in range(3))
     begins, counts = [begin], [end - begin]
     if launch.flat:
-      half = _div(end - begin + 1, 2)
+      half = div(end - begin + 1, 2)
       begins, counts = [begin, begin + half], [half, end - begin - half]
-    return Tile(which, _rem(segment.tile, launch.tiles_of_list), begins, counts)
+    return Tile(which, rem(segment.tile, launch.tiles_of_list), begins, counts)
 
   def _x_start(self, tile, unit: int, column: int):
     """Column of x at a column of a unit."""
@@ -142,7 +135,7 @@ class Body:
       dy_starts = [self._dy_start(tile, slab) for slab in dy_own]
 
       def step(s, count):
-        slot = _rem(count, launch.stages)
+        slot = rem(count, launch.stages)
         full, rows = self.full.at[slot], pl.ds(s * STEP, STEP)
         plgpu.barrier_wait(self.empty.at[slot])
         for (u, k), start in zip(x_own, x_starts):
@@ -188,7 +181,7 @@ class Body:
 
       def step(s, carry):
         count, accumulator = carry
-        slot = _rem(count, launch.stages)
+        slot = rem(count, launch.stages)
         plgpu.barrier_wait(self.full.at[slot])
         accumulator = self._multiply(
           accumulator, self.smem["x_smem"].at[slot, x_unit], self.smem["dy_smem"].at[slot, dy_group]
@@ -275,7 +268,7 @@ class Body:
       if launch.interpret is None:
         zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
       total = lax.fori_loop(0, self.members, add, zeros)
-      slots = self._slots(begin + _div(c * CHUNK, launch.bo))
+      slots = self._slots(begin + div(c * CHUNK, launch.bo))
       width = launch.out_columns
       for i in range(CHUNK // width):
         turn = (c - first) * (CHUNK // width) + i
@@ -308,7 +301,7 @@ class Body:
     first_row = 0 if launch.shared > 1 else tile.sub * launch.height
     if launch.shared == 1 and not launch.flat:
       first_row += self.warpgroup * ROWS
-    staged = self.smem["out_smem"].at[self.warpgroup, _rem(turn, launch.epilogue_slots)]
+    staged = self.smem["out_smem"].at[self.warpgroup, rem(turn, launch.epilogue_slots)]
     self._wait_for_staging()
     staged[...] = sums.astype(launch.out_dtype)
     plgpu.commit_smem()
@@ -345,7 +338,7 @@ class Body:
           plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, piece)], target, commit_group=False)
 
     number = jnp.maximum(self.refs["counts"][1] - own + workers - 1, 0)
-    lax.fori_loop(0, _div(number, workers), one, None)
+    lax.fori_loop(0, div(number, workers), one, None)
     plgpu.commit_smem_to_gmem_group()
 
 
