@@ -23,8 +23,8 @@ from jaxsparse.ops.block_matmul import _plan
 
 MAX_BATCH = 64
 _SMS = 132
-_SHARED_BYTES = 228 * 1024  # of a multiprocessor; each block of threads needs
-_RESERVED_BYTES = 1024 + 1024  # so much beside what is counted here
+_SHARED_BYTES = 228 * 1024  # of a multiprocessor; each block of threads needs so much beside what is counted here:
+_RESERVED_BYTES = 1024 + 1024 + 128  # CUDA's own, barriers, and a static byte that the backend declares
 _REGISTERS = 65536
 _THREADS = 256
 _MOST_STAGES = 10
