@@ -226,17 +226,39 @@ def sparse_wgmma(registers, a, b, metadata, *, selector: int, columns: int, dtyp
     dtype: "bf16" or "f16".
     a_transposed: whether rows, not the reduction, run fastest in `a`.
   """
-  count = columns // 2
+  # The last two immediates say which operands are transposed.
+  return _issue_wgmma(
+    f"wgmma.mma_async.sp.sync.aligned.m64n{columns}k32.f32.{dtype}.{dtype}",
+    registers,
+    [a, b, metadata],
+    "llr",
+    f"{selector}, 1, 1, 1, {int(a_transposed)}, 0",
+  )
+
+
+def dense_wgmma(registers, a, b, *, columns: int, dtype: str):
+  """wgmma.mma_async of 64 x columns x 16, rows of a and columns of b running fastest: the accumulator's new registers.
+
+  Args:
+    registers: `columns / 2` accumulator registers (vectors of one f32).
+    a, b: descriptors of operands whose swizzles may differ.
+    columns: multiple of 8, at most 256.
+    dtype: "bf16" or "f16".
+  """
+  instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype}"
+  return _issue_wgmma(instruction, registers, [a, b], "ll", "1, 1, 1, 1, 1")
+
+
+def _issue_wgmma(instruction: str, registers, operands, constraints: str, immediates: str):
+  """A wgmma on accumulator registers, vectors of one f32: the new ones. Immediates begin with scale-d or what precedes it."""
+  count = len(registers)
   field = ir.VectorType.get((1,), ir.F32Type.get())
   names = ", ".join(f"${i}" for i in range(count))
-  # scale-d, scale-a, scale-b = 1; the last two immediates say which operands are transposed.
-  ptx = (
-    f"wgmma.mma_async.sp.sync.aligned.m64n{columns}k32.f32.{dtype}.{dtype} {{{names}}}, "
-    f"${2 * count}, ${2 * count + 1}, ${2 * count + 2}, {selector}, 1, 1, 1, {int(a_transposed)}, 0;"
-  )
-  constraints = ["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "r"]
+  inputs = ", ".join(f"${2 * count + i}" for i in range(len(operands)))
+  constraints = ["=f"] * count + [str(i) for i in range(count)] + list(constraints)
   struct = llvm.StructType.get_literal([field] * count)
-  result = inline_ptx(ptx, [*registers, a, b, metadata], ",".join(constraints), struct)
+  ptx = f"{instruction} {{{names}}}, {inputs}, {immediates};"
+  result = inline_ptx(ptx, [*registers, *operands], ",".join(constraints), struct)
   return [llvm.extractvalue(field, result, [i]) for i in range(count)]
 
 

@@ -5,7 +5,6 @@ in shared memory to each other.
 """
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -108,12 +107,12 @@ class Body:
       begins, counts = [begin, begin + half], [half, end - begin - half]
     return Tile(which, rem(segment.tile, launch.tiles_of_list), begins, counts)
 
-  def _x_start(self, tile, unit: int, column: int):
-    """Column of x at a column of a unit."""
+  def _x_start(self, tile, unit: int):
+    """First column of x of a unit."""
     launch = self.launch
     if launch.shared > 1 and not launch.flat:
-      return self.refs["units"][tile.which * WARPGROUPS + unit] * ROWS + column
-    return tile.which * max(launch.bk, launch.height) + tile.sub * launch.height + unit * ROWS + column
+      return self.refs["units"][tile.which * WARPGROUPS + unit] * ROWS
+    return tile.which * max(launch.bk, launch.height) + tile.sub * launch.height + unit * ROWS
 
   def load(self):
     # Copies of 32 columns are many: all warps issue some.
@@ -123,30 +122,30 @@ class Body:
         mg.pl.when(warp == loader)(functools.partial(self._load, loader))
 
   def _load(self, loader: int):
-    """What one warp does: every fourth slab of x and of dy is its own."""
+    """What one warp does: every fourth slab is its own."""
     launch, plgpu, pl = self.launch, mg.plgpu, mg.pl
     x_gmem, dy_gmem, x_smem, dy_smem = self.refs["x"], self.refs["dy"], self.smem["x_smem"], self.smem["dy_smem"]
-    x_own = list(itertools.product(range(launch.x_units), range(launch.x_slabs)))[loader::_LOADERS]
-    dy_own = list(range(launch.dy_groups * launch.dy_slabs))[loader::_LOADERS]
+    x_own = range(launch.x_units)[loader::_LOADERS]
+    dy_own = range(launch.dy_groups * launch.dy_slabs)[(loader - launch.x_units) % _LOADERS :: _LOADERS]
 
     def segment(i, at, block, count):
       tile = self._tile(at)
-      x_starts = [self._x_start(tile, u, k * launch.row) for u, k in x_own]
+      x_starts = [self._x_start(tile, u) for u in x_own]
       dy_starts = [self._dy_start(tile, slab) for slab in dy_own]
 
       def step(s, count):
         slot = rem(count, launch.stages)
         full, rows = self.full.at[slot], pl.ds(s * STEP, STEP)
         plgpu.barrier_wait(self.empty.at[slot])
-        for (u, k), start in zip(x_own, x_starts):
-          plgpu.copy_gmem_to_smem(x_gmem.at[rows, pl.ds(start, launch.row)], x_smem.at[slot, u, k], full)
+        for u, start in zip(x_own, x_starts):
+          plgpu.copy_gmem_to_smem(x_gmem.at[rows, pl.ds(start, ROWS)], x_smem.at[slot, u], full)
         for slab, start in zip(dy_own, dy_starts):
           target = dy_smem.at[slot, slab // launch.dy_slabs, slab % launch.dy_slabs]
 
           # What is multiplied in place of absent columns is not stored.
           @pl.when(start >= 0)
           def _(start=start, target=target):
-            plgpu.copy_gmem_to_smem(dy_gmem.at[rows, pl.ds(start, launch.row)], target, full)
+            plgpu.copy_gmem_to_smem(dy_gmem.at[rows, pl.ds(start, launch.dy_row)], target, full)
 
           @pl.when(start < 0)
           def _():
@@ -163,7 +162,7 @@ class Body:
   def _dy_start(self, tile, slab: int):
     """Column of dy at a slab; -1 where the list has none."""
     launch = self.launch
-    group, column = divmod(slab * launch.row, COLUMNS)
+    group, column = divmod(slab * launch.dy_row, COLUMNS)
     entry, inside = divmod(column, launch.bo)
     minor = self.refs["minor"][jnp.minimum(tile.begins[group] + entry, launch.capacity - 1)]
     return jnp.where(entry < tile.counts[group], minor * launch.bo + inside, -1)
@@ -210,9 +209,9 @@ class Body:
     launch, plgpu = self.launch, mg.plgpu
     if launch.interpret is None:
       return self.product(accumulator, x_ref, dy_ref)
-    a, b = x_ref[...].transpose(0, 2, 1), dy_ref[...].transpose(1, 0, 2)
+    a, b = x_ref[...].T, dy_ref[...].transpose(1, 0, 2)
     plgpu.commit_smem()  # these were ordinary loads, the copy engine writes next; the tensor cores need none
-    a, b = a.reshape(ROWS, STEP), b.reshape(STEP, COLUMNS)
+    b = b.reshape(STEP, COLUMNS)
     return accumulator + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
   def _own(self, tile):
@@ -345,12 +344,20 @@ class Body:
 def _product(launch):
   """accumulator [64, 256] + (64 columns of x)^T @ (gathered columns of dy), over the rows of a step."""
   plgpu = mg.plgpu
-  WGMMA, ref = plgpu.Layout.WGMMA, plgpu.RefType(launch.row_transforms)
+  WGMMA, dtype = plgpu.Layout.WGMMA, {"bfloat16": "bf16", "float16": "f16"}[launch.dtype.name]
+  x_row, dy_row = 2 * ROWS, 2 * launch.dy_row  # bytes
 
   def product(_, accumulator, x_ref, dy_ref):
-    return mg.wgmma(accumulator, x_ref, dy_ref, a_transposed=True, b_transposed=False, swizzle=2 * launch.row)
+    # Rows of x and dy are what is summed over: in both operands it is columns that run fastest.
+    a = mg.matrix_descriptor(x_ref, leading=0, stride=8 * x_row, swizzle=x_row)
+    b = mg.matrix_descriptor(dy_ref, leading=STEP * dy_row, stride=8 * dy_row, swizzle=dy_row)
+    accumulator, registers = mg.accumulator_registers(accumulator)
+    for k in range(0, STEP, 16):
+      a_k, b_k = (mg.add64(base, mg.descriptor_offset(k * row)) for base, row in ((a, x_row), (b, dy_row)))
+      registers[0] = mg.dense_wgmma(list(registers[0]), a_k, b_k, columns=COLUMNS, dtype=dtype)
+    return mg.finish_wgmma(accumulator, registers)
 
   return plgpu.inline_mgpu(
-    arg_types=(WGMMA, ref, ref),
+    arg_types=(WGMMA, plgpu.RefType(launch.x_transforms), plgpu.RefType(launch.dy_transforms)),
     return_type=plgpu.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, layout=WGMMA),
   )(product)

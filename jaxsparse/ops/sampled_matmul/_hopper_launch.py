@@ -70,9 +70,9 @@ class Launch:
     return -(-self.batch // STEP)
 
   @property
-  def row(self) -> int:
-    """Entries to a row of shared memory; equal for both operands."""
-    return 64 if self.bk % 64 == 0 and self.bo % 64 == 0 else 32
+  def dy_row(self) -> int:
+    """Entries to a row of dy in shared memory; rows of x have the 64 columns of a unit."""
+    return min(64, self.bo)
 
   @property
   def x_units(self) -> int:
@@ -109,18 +109,17 @@ class Launch:
     return [n for n in range(2, most + 1) if (self.steps - self.steps / n) * STEP > self.t.meeting]
 
   @property
-  def x_slabs(self) -> int:
-    """Slabs of shared memory, 64 rows of x by `row` of its columns each, of a unit."""
-    return ROWS // self.row
-
-  @property
   def dy_slabs(self) -> int:
-    """Likewise, of a group of dy's columns."""
-    return COLUMNS // self.row
+    """Slabs of shared memory, 64 rows of dy by `dy_row` of its columns each, of a group of dy's columns."""
+    return COLUMNS // self.dy_row
 
   @property
-  def row_transforms(self):
-    return (mg.plgpu.SwizzleTransform(2 * self.row),)
+  def x_transforms(self):
+    return (mg.plgpu.SwizzleTransform(2 * ROWS),)
+
+  @property
+  def dy_transforms(self):
+    return (mg.plgpu.SwizzleTransform(2 * self.dy_row),)
 
   @property
   def out_transforms(self):
@@ -129,12 +128,13 @@ class Launch:
 
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers of a block."""
-    plgpu, row, stages, transforms = mg.plgpu, self.row, self.stages, self.row_transforms
+    plgpu, stages = mg.plgpu, self.stages
     out_shape = (WARPGROUPS, self.epilogue_slots, ROWS, self.out_columns)
-    copies = self.x_units * self.x_slabs + self.dy_groups * self.dy_slabs
+    copies = self.x_units + self.dy_groups * self.dy_slabs
+    x_shape, dy_shape = (stages, self.x_units, STEP, ROWS), (stages, self.dy_groups, self.dy_slabs, STEP, self.dy_row)
     return dict(
-      x_smem=plgpu.SMEM((stages, self.x_units, self.x_slabs, STEP, row), self.dtype, transforms=transforms),
-      dy_smem=plgpu.SMEM((stages, self.dy_groups, self.dy_slabs, STEP, row), self.dtype, transforms=transforms),
+      x_smem=plgpu.SMEM(x_shape, self.dtype, transforms=self.x_transforms),
+      dy_smem=plgpu.SMEM(dy_shape, self.dtype, transforms=self.dy_transforms),
       out_smem=plgpu.SMEM(out_shape, self.out_dtype, transforms=self.out_transforms),
       full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
       empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
