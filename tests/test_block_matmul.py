@@ -277,7 +277,7 @@ def test_sampled_plan(side, density):
   """Every kept block lies in one tile, whichever the height of tiles, and empty slots are listed."""
   _, w, _ = case((side, side), (9, 40), density, 1, extra=3, static=True)
   plan, kept, n = _plan.plans_of(w).sampled, w.count, w.capacity
-  height = _plan.sampled_height(side, w.density)
+  height = _plan.sampled_height(9, side, w.density)
   assert height == (128 if side == 128 or density == 0.5 else 64)
   shared, most = max(1, height // side), _plan.sampled_entries(side, height)
   number, empty = plan.counts
@@ -294,6 +294,20 @@ def test_sampled_plan(side, density):
     want = lists[:, None] * shared + np.arange(shared)
     assert (np.where(rows >= 0, rows, want) == want).all()
   assert empty == 3 and plan.empty[:3].tolist() == list(range(kept, n))
+
+
+def test_pieces_fill_rounds():
+  """More and shorter pieces where the longest possible would leave a third of the last round empty, and only there."""
+  for counts, block, height, want in (
+    ([22, 26] * 32, (64, 64), 64, [4, 4] * 32),  # longest: 3 and 4, 224 tiles for 2 x 132 multiprocessors
+    ([4, 5] * 16, (64, 64), 64, [1, 1] * 16),  # as few as these are loaded faster than multiplied
+    ([21, 0, 3] * 50, (128, 128), 128, [11, 0, 2] * 50),
+    ([5, 9, 0, 7], (256, 256), 128, [5, 9, 0, 7]),  # an entry is the least
+  ):
+    counts = np.array(counts, np.int32)
+    got = _plan._pieces(np, counts, block, height)
+    assert got.tolist() == want
+    np.testing.assert_array_equal(jax.jit(lambda a: _plan._pieces(jnp, a, block, height))(counts), got)
 
 
 def check_parts(plan):

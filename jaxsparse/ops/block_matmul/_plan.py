@@ -18,8 +18,11 @@ from jaxsparse.arrays import _block_array
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile, to each warpgroup
-_FLAT_BELOW = {64: 0.2, 32: 0.3}  # density, by height of blocks; measured at 8192^3; see `sampled_height`
+_FLAT_BELOW = {64: 0.3, 32: 0.2}  # density, by height of blocks; measured; see `sampled_height`
 _FLAT_STRIPES = 3  # stripes of flat tiles, relative to those of others; measured, at 1 to 6
+# Times of the sampled product, relative to that of multiplying 64 rows of a tile: loading 64 columns of them, and adding up
+# the parts of a tile. 32 columns take _NARROW of the time of 64.
+_LOAD, _NARROW, _MEETING = 0.18, 0.8, 0.12
 PART = 5  # numbers to a part of a list
 # A list is cut in parts of at most so many times the mean length: the first of these for which there is room, and there always
 # is for the last. Measured: adding a part costs as much as 10 us of work. So no list as short as _LEAST rows of the sum is
@@ -114,13 +117,16 @@ def _plans(rows, cols, grid, block_shape, ordered):
   return _make(jnp, rows, cols, grid, block_shape, ordered)
 
 
-def sampled_height(bk: int, density: float) -> int:
-  """Block rows, in entries, of a tile of the sampled product: 128 (64 to each warpgroup) or 64.
+def sampled_height(block_rows: int, bk: int, density: float) -> int:
+  """Rows of w in a tile of the sampled product: 128 (64 to each warpgroup) or 64.
 
   Two warpgroups that share columns of dy, or that share columns of x: at low density block rows have few columns in common,
-  and what is loaded for one of them would be multiplied in vain for the others.
+  and what is loaded for one of them would be multiplied in vain for the others. But pieces of block rows of 32 differ much
+  in length. Where each multiprocessor has its own, these soon work on different rows of dy, and find less in the L2 cache
+  of what others have loaded; that costs more.
   """
-  return UNIT if density < _FLAT_BELOW.get(bk, 0) else TILE
+  alone = bk < UNIT and block_rows * bk > UNIT * _SMS // 2
+  return UNIT if density < _FLAT_BELOW.get(bk, 0) and not alone else TILE
 
 
 def sampled_entries(bo: int, height: int) -> int:
@@ -144,13 +150,14 @@ def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
 
 def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
   (block_rows, block_cols), (bk, bo) = grid, block_shape
-  height, lists = sampled_height(bk, rows.shape[0] / max(1, block_rows * block_cols)), transposed
+  height = sampled_height(block_rows, bk, rows.shape[0] / max(1, block_rows * block_cols))
+  lists = transposed
   wide = block_cols * bo / (block_rows * bk)
   if height < TILE:
     own, wide = height // bk, _FLAT_STRIPES**2 * wide
     tiles = -(-block_rows // own), own, xp.arange(1), rows // own, rows % own
     lists = _plan(xp, live, cols, block_cols, bo, *tiles)
-  items, num_items = _items(xp, lists, block_cols, sampled_entries(bo, height), wide)
+  items, num_items = _items(xp, lists, block_cols, block_shape, height, wide)
   size = live.shape[0]
   empty = _scatter(xp, 0, size, xp.where(live, size, xp.cumsum(~live) - 1), xp.arange(size))
   counts = xp.stack([num_items, (~live).sum()]).astype(np.int32)
@@ -265,18 +272,18 @@ def _parts(xp, starts, depth):
   return as32(xp.concatenate([ends[-1:], parts.reshape(-1)]))
 
 
-def _items(xp, plan, minors, piece, wide):
-  """Lists in pieces of at most `piece` entries, as (list, first entry, one past the last), and how many there are.
+def _items(xp, plan, minors, block_shape, height, wide):
+  """Lists in pieces of as many entries as a tile takes, or fewer: (list, first entry, one past the last), and how many.
 
   `wide` is how many columns dy has for one of x.
   """
   starts, minors_of = plan.starts, plan.minor
   counts = starts[1:] - starts[:-1]
   lists, capacity = counts.shape[0], minors_of.shape[0]
-  pieces = -(-counts // piece)
+  pieces = _pieces(xp, counts, block_shape, height)
   ends = xp.cumsum(pieces)
   # The j-th piece of list l is item j + (pieces of the lists before it).
-  item = xp.arange(min(capacity, capacity // piece + lists))
+  item = xp.arange(min(capacity, 2 * capacity // sampled_entries(block_shape[1], height) + lists))
   of = xp.minimum(xp.searchsorted(ends, item, side="right"), lists - 1)
   j, count, parts = item - (ends - pieces)[of], counts[of], xp.maximum(pieces[of], 1)
   begin, end = (starts[:-1][of] + count * i // parts for i in (j, j + 1))
@@ -285,6 +292,25 @@ def _items(xp, plan, minors, piece, wide):
   stripe = minors_of[xp.minimum(begin, capacity - 1)] * stripes // minors
   order = xp.argsort(xp.where(item < ends[-1], stripe * lists + of, np.iinfo(np.int32).max), stable=True)
   return xp.stack([of, begin, end], 1)[order].astype(np.int32), ends[-1]
+
+
+def _pieces(xp, counts, block_shape, height):
+  """In how many pieces each list of the sampled product is cut.
+
+  Short pieces load less in each step: where the longest possible would fill their last round badly, more of them may take
+  less time.
+  """
+  bk, bo = block_shape
+  limits = sampled_entries(bo, height) * np.arange(64, 31, -1, dtype=np.int32)[:, None]
+  limits = np.maximum(64, limits)  # in 64ths of an entry; no piece is empty
+  pieces = -(-counts * 64 // limits)
+  number = pieces.sum(1)
+  tiles = number * max(1, bk // height)
+  rounds, rest = tiles // _SMS, tiles % _SMS
+  sharers = xp.clip(_SMS // xp.maximum(rest, 1), 1, 8)  # multiprocessors to each of the last tiles
+  last = xp.where(sharers > 1, 1 / sharers + _MEETING, 1)
+  loads = height // UNIT + max(_NARROW, bo / UNIT) * counts.sum() / xp.maximum(number, 1)
+  return pieces[((rounds + xp.where(rest > 0, last, 0)) * xp.maximum(1, _LOAD * loads)).argmin()]
 
 
 def _heads(xp, rows, cols, block_cols):
