@@ -267,7 +267,7 @@ def bound(case, w) -> tuple[float, str]:
     sampled, high = plans.sampled, max(1, bk // _plan.TILE)
     pieces = sampled.items[: sampled.counts[0]]
     columns = int((pieces[:, 2] - pieces[:, 1]).sum()) * bo
-    needed["L2"] = 2 * batch * high * (len(pieces) * _plan.sampled_height(w.grid[0], bk, w.density) + columns)
+    needed["L2"] = 2 * batch * high * (len(pieces) * _plan.sampled_height(w.grid, w.block_shape, w.density) + columns)
   else:
     # Two tiles of 256 rows may share what they load of w.
     columns = int(plan.starts[-1]) * max(1, size // _plan.TILE) * depth

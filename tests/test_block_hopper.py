@@ -102,7 +102,7 @@ SAMPLED_CASES = {
   "wide": KERNEL_CASES["wide"],
   "all zero": KERNEL_CASES["all zero"],
   "64, flat, empty row": dict(block=(64, 64), mask=np.arange(30).reshape(2, 15) > 26, batch=8),
-  "32, flat, ragged": dict(block=(32, 32), grid=(5, 20), density=0.2, batch=8),
+  "32, flat, ragged": dict(block=(32, 32), grid=(5, 20), density=0.12, batch=8),
 }
 
 
@@ -146,6 +146,7 @@ MACHINE_CODE = {
     ("few rows, float32", "transposed"),
     ("128", "sampled"),
     ("32", "sampled"),
+    ("few rows, float32", "sampled"),
   ],
 )
 def test_machine_code(name, product, tmp_path, monkeypatch):

@@ -277,8 +277,10 @@ def test_sampled_plan(side, density):
   """Every kept block lies in one tile, whichever the height of tiles, and empty slots are listed."""
   _, w, _ = case((side, side), (9, 40), density, 1, extra=3, static=True)
   plan, kept, n = _plan.plans_of(w).sampled, w.count, w.capacity
-  height = _plan.sampled_height(9, side, w.density)
+  height = _plan.sampled_height(w.grid, w.block_shape, w.density)
   assert height == (128 if side == 128 or density == 0.5 else 64)
+  square = 8192 // side, 8192 // side
+  assert _plan.sampled_height(square, (side, side), w.density) == (height if side > 32 else 128)
   shared, most = max(1, height // side), _plan.sampled_entries(side, height)
   number, empty = plan.counts
   pieces = plan.items[:number, 1:]
@@ -300,9 +302,11 @@ def test_pieces_fill_rounds():
   """More and shorter pieces where the longest possible would leave a third of the last round empty, and only there."""
   for counts, block, height, want in (
     ([22, 26] * 32, (64, 64), 64, [4, 4] * 32),  # longest: 3 and 4, 224 tiles for 2 x 132 multiprocessors
-    ([4, 5] * 16, (64, 64), 64, [1, 1] * 16),  # as few as these are loaded faster than multiplied
+    ([22, 26] * 26, (64, 64), 64, [3, 4] * 26),  # 182: those of the second round can be cut among multiprocessors
+    ([4, 5] * 40, (64, 64), 64, [1, 1] * 40),  # as few as these are loaded faster than multiplied
     ([21, 0, 3] * 50, (128, 128), 128, [11, 0, 2] * 50),
-    ([5, 9, 0, 7], (256, 256), 128, [5, 9, 0, 7]),  # an entry is the least
+    ([2, 3, 0, 4] * 20, (256, 64), 128, [1, 1, 0, 1] * 20),
+    ([2, 1, 1, 0] * 18, (64, 256), 128, [2, 1, 1, 0] * 18),
   ):
     counts = np.array(counts, np.int32)
     got = _plan._pieces(np, counts, block, height)

@@ -117,16 +117,21 @@ def _plans(rows, cols, grid, block_shape, ordered):
   return _make(jnp, rows, cols, grid, block_shape, ordered)
 
 
-def sampled_height(block_rows: int, bk: int, density: float) -> int:
+def sampled_height(grid: tuple[int, int], block_shape: tuple[int, int], density: float) -> int:
   """Rows of w in a tile of the sampled product: 128 (64 to each warpgroup) or 64.
 
   Two warpgroups that share columns of dy, or that share columns of x: at low density block rows have few columns in common,
-  and what is loaded for one of them would be multiplied in vain for the others. But pieces of block rows of 32 differ much
-  in length. Where each multiprocessor has its own, these soon work on different rows of dy, and find less in the L2 cache
-  of what others have loaded; that costs more.
+  and what is loaded for one of them would be multiplied in vain for the others.
+
+  But with blocks of 32 flat tiles differ in length, by a fifth where a list makes two or three. Where each multiprocessor has a
+  list of its own, they soon work on different rows of dy, and find less in the L2 cache of what others have loaded. Tall
+  tiles, nearly all of equal length, are faster there.
   """
-  alone = bk < UNIT and block_rows * bk > UNIT * _SMS // 2
-  return UNIT if density < _FLAT_BELOW.get(bk, 0) and not alone else TILE
+  (block_rows, block_cols), (bk, bo) = grid, block_shape
+  lists = -(-block_rows * bk // UNIT)
+  tiles = block_cols * bo * (1 - (1 - density) ** 2) / (2 * SAMPLED_COLUMNS)  # of a list of 2 x 32 rows
+  uneven = bk < UNIT and 1 < tiles < 4 and _SMS // 2 < lists < 2 * _SMS
+  return UNIT if density < _FLAT_BELOW.get(bk, 0) and not uneven else TILE
 
 
 def sampled_entries(bo: int, height: int) -> int:
@@ -150,7 +155,7 @@ def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
 
 def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
   (block_rows, block_cols), (bk, bo) = grid, block_shape
-  height = sampled_height(block_rows, bk, rows.shape[0] / max(1, block_rows * block_cols))
+  height = sampled_height(grid, block_shape, rows.shape[0] / max(1, block_rows * block_cols))
   lists = transposed
   wide = block_cols * bo / (block_rows * bk)
   if height < TILE:
@@ -295,14 +300,19 @@ def _items(xp, plan, minors, block_shape, height, wide):
 
 
 def _pieces(xp, counts, block_shape, height):
-  """In how many pieces each list of the sampled product is cut.
+  """In how many pieces each list of the sampled product is cut: as long as a tile allows, or shorter.
 
-  Short pieces load less in each step: where the longest possible would fill their last round badly, more of them may take
-  less time.
+  Short pieces load less in each step. Where the longest would leave a last round that is not full, and too full to be cut
+  among multiprocessors, more of them take less time.
   """
   bk, bo = block_shape
-  limits = sampled_entries(bo, height) * np.arange(64, 31, -1, dtype=np.int32)[:, None]
-  limits = np.maximum(64, limits)  # in 64ths of an entry; no piece is empty
+  most = sampled_entries(bo, height)
+  longest = -(-counts // most)
+  if bo >= TILE:  # are multiplied for longer than they are loaded
+    return longest
+  limits = np.maximum(
+    64, most * np.arange(64, 31, -1, dtype=np.int32)[:, None]
+  )  # in 64ths of an entry, of which one is least
   pieces = -(-counts * 64 // limits)
   number = pieces.sum(1)
   tiles = number * max(1, bk // height)
@@ -310,7 +320,8 @@ def _pieces(xp, counts, block_shape, height):
   sharers = xp.clip(_SMS // xp.maximum(rest, 1), 1, 8)  # multiprocessors to each of the last tiles
   last = xp.where(sharers > 1, 1 / sharers + _MEETING, 1)
   loads = height // UNIT + max(_NARROW, bo / UNIT) * counts.sum() / xp.maximum(number, 1)
-  return pieces[((rounds + xp.where(rest > 0, last, 0)) * xp.maximum(1, _LOAD * loads)).argmin()]
+  cost = (rounds + xp.where(rest > 0, last, 0)) * xp.maximum(1, _LOAD * loads)
+  return xp.where(rest[0] > _SMS // 2, pieces[cost.argmin()], longest)
 
 
 def _heads(xp, rows, cols, block_cols):

@@ -77,7 +77,7 @@ def _launch(x, at, tuning, out_dtype, interpret) -> launches.Launch:
     bk=bk,
     bo=bo,
     block_cols=at.grid[1],
-    height=_plan.sampled_height(at.grid[0], bk, at.density),
+    height=_plan.sampled_height(at.grid, at.block_shape, at.density),
     dtype=jnp.dtype(x.dtype),
     out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
     threads=mg.sm_count() if interpret is None else _INTERPRETED_THREADS,
