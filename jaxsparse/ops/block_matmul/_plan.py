@@ -18,7 +18,7 @@ from jaxsparse.arrays import _block_array
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile, to each warpgroup
-_FLAT_BELOW = {64: 0.3, 32: 0.2}  # density, by height of blocks; measured; see `sampled_height`
+_FLAT_BELOW = 0.2  # density, of blocks lower than a tile; measured; see `sampled_height`
 _FLAT_STRIPES = 3  # stripes of flat tiles, relative to those of others; measured, at 1 to 6
 # Times of the sampled product, relative to that of multiplying 64 rows of a tile: loading 64 columns of them, and adding up
 # the parts of a tile. 32 columns take _NARROW of the time of 64.
@@ -131,7 +131,7 @@ def sampled_height(grid: tuple[int, int], block_shape: tuple[int, int], density:
   lists = -(-block_rows * bk // UNIT)
   tiles = block_cols * bo * (1 - (1 - density) ** 2) / (2 * SAMPLED_COLUMNS)  # of a list of 2 x 32 rows
   uneven = bk < UNIT and 1 < tiles < 4 and _SMS // 2 < lists < 2 * _SMS
-  return UNIT if density < _FLAT_BELOW.get(bk, 0) and not uneven else TILE
+  return UNIT if bk < TILE and density < _FLAT_BELOW and not uneven else TILE
 
 
 def sampled_entries(bo: int, height: int) -> int:
