@@ -31,6 +31,7 @@ from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _decode
 from jaxsparse.ops.block_matmul import _hopper_body as body
+from jaxsparse.ops.block_matmul import _hopper_once as once
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import tuning as tunings
 from jaxsparse.ops.block_matmul._hopper_tiles import WARPGROUPS
@@ -105,12 +106,16 @@ def block_matmul_hopper(
   outputs = w.shape[0] if transposed else w.shape[1]
   if tuning is None:
     tuning = tuning_for(x.shape[0], w, transposed)
-  parts_dtype = out_dtype if tuning.split_k == 1 else jnp.dtype(jnp.float32)
-  run, launch = _build(tuning, x, w, plan, outputs, transposed, parts_dtype, interpret)
+  # The interpreter knows no clusters: there, what they add up is added here.
+  apart = interpret is not None and tuning.split_k > 1
+  stored = jnp.dtype(jnp.float32) if apart else out_dtype
+  run, launch = _build(tuning, x, w, plan, outputs, transposed, stored, interpret)
   lists = [jnp.asarray(a) for a in (plan.minor, plan.slots, plan.parts, plan.units)]
+  if tuning.once:
+    y = run(x, w.blocks, *lists, jnp.asarray(plan.starts))
+    return y.sum(0).astype(out_dtype) if apart else y
   counter = jax.new_ref(jnp.zeros((launch.counters,), jnp.int32))  # fresh zeros in every call
-  y, _ = run(x, w.blocks, *lists, counter)
-  return y if tuning.split_k == 1 else y.sum(0).astype(out_dtype)  # parts in a fixed order: the same bits every time
+  return run(x, w.blocks, *lists, counter)[0]
 
 
 def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tunings.Tuning:
@@ -126,16 +131,18 @@ def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tuni
 def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):
   """The kernel for these shapes, and what is static in it.
 
-  The kernel takes x, blocks, a plan and counters, and gives `[B, outputs]`, or `[split_k, B, outputs]` parts, and sums of
-  parts of lists.
+  The kernel takes x, blocks, a plan and counters, and gives `[B, outputs]` and sums of parts of lists. With `t.once` it takes
+  the plan's starts in place of counters and gives `[B, outputs]`, which the interpreter leaves as `[split_k, B, outputs]`.
   """
   plgpu = mg.plgpu
   (batch, _), (capacity, bk, bo) = x.shape, w.blocks.shape
   if out_dtype.itemsize == 4:  # the same shared memory for twice the bytes
     t = dataclasses.replace(t, epilogue_n=max(8, t.epilogue_n // 16 * 8))
   depth, size = (bo, bk) if transposed else (bk, bo)  # of a block: along the sum, along the result
+  if t.step < min(depth, 64):
+    raise ValueError(f"{t} has steps of {t.step}; blocks of {bk}x{bo} need 64.")
   lists = plan.starts.shape[0] - 1
-  launch = body.Launch(
+  launch = (once.Launch if t.once else body.Launch)(
     t=t,
     batch=batch,
     lists=lists,
@@ -153,17 +160,20 @@ def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):
     interpret=interpret,
   )
 
-  def kernel(x, w, minor, slots, parts, units, counter, out, sums, **smem):
-    refs = dict(x=x, w=w, minor=minor, slots=slots, parts=parts, units=units, counter=counter, out=out, sums=sums)
-    work = body.Body(launch, refs, smem)
+  names = ["x", "w", "minor", "slots", "parts", "units", *(("starts", "out") if t.once else ("counter", "out", "sums"))]
+
+  def kernel(*refs, **smem):
+    work = (once.Body if t.once else body.Body)(launch, dict(zip(names, refs, strict=True)), smem)
     registers = (_LOADER_REGISTERS, _COMPUTE_REGISTERS) if interpret is None else None
     mg.split_roles(work.warpgroup, WARPGROUPS, work.load_tiles, work.multiply_tiles, registers)
 
-  y = jax.ShapeDtypeStruct(((t.split_k,) if t.split_k > 1 else ()) + (batch, outputs), out_dtype)
-  clusters = dict(cluster=(launch.cluster,), cluster_names=("member",)) if launch.cluster > 1 else {}
+  apart = (t.split_k,) if interpret is not None and t.split_k > 1 else ()
+  y = jax.ShapeDtypeStruct((*apart, batch, outputs), out_dtype)
+  members = launch.cluster if interpret is not None else launch.cluster * t.split_k  # one of them is 1
+  clusters = dict(cluster=(members,), cluster_names=("member",)) if members > 1 else {}
   run = plgpu.kernel(
     kernel,
-    out_type=(y, jax.ShapeDtypeStruct(launch.sums, jnp.float32)),
+    out_type=y if t.once else (y, jax.ShapeDtypeStruct(launch.sums, jnp.float32)),
     grid=(launch.threads,),
     grid_names=("block",),
     **clusters,

@@ -247,7 +247,7 @@ class Body(tiles.Tiles):
       first = self.refs["units"][at.which * WARPGROUPS + self.warpgroup] * ROWS
     else:
       first = (at.which * launch.tiles_of_list + at.sub) * tunings.TILE + self.warpgroup * ROWS
-    target = self.refs["out"].at[at.split] if t.split_k > 1 else self.refs["out"]
+    target = self.refs["out"]
     for chunk, (start, length) in enumerate(launch.chunks):
       y = accumulator[:, start : start + length].astype(launch.out_dtype)
       # Slots go round over all tiles, so that the oldest store in flight is always the one of this slot.

@@ -36,7 +36,6 @@ class Tile(NamedTuple):
   """One tile, or the part of one.
 
   Attributes:
-    split: which part of every list this is, of `split_k`.
     which: list.
     sub: which 128 outputs of the list.
     b: first row of x.
@@ -45,7 +44,6 @@ class Tile(NamedTuple):
     place: of the first of their sums.
   """
 
-  split: Any
   which: Any
   sub: Any
   b: Any
@@ -89,12 +87,12 @@ class Grid:
   @property
   def threads(self) -> int:
     """Blocks of threads, or clusters of them."""
-    return min(self.lists * self.tiles_of_list * self.across * self.t.split_k, self.processors // self.cluster)
+    return min(self.lists * self.tiles_of_list * self.across, self.processors // self.cluster)
 
   @property
   def sums(self) -> tuple[int, int, int]:
     """Shape of what parts of lists leave behind, in float32."""
-    places = self.t.split_k * self.extra * self.turns * self.tiles_of_list
+    places = self.extra * self.turns * self.tiles_of_list
     return places, WARPGROUPS, ROWS * self.t.tile_b
 
   @property
@@ -142,7 +140,7 @@ class Tiles:
 
     Who loads calls `publish` in between: it takes the next tile for all warpgroups.
     """
-    work = self.live * (self.launch.tiles_of_list * self.launch.across * self.t.split_k)
+    work = self.live * (self.launch.tiles_of_list * self.launch.across)
 
     def one(carry):
       i, item, count = carry
@@ -182,10 +180,8 @@ class Tiles:
     return item
 
   def tile_of(self, item) -> Tile:
-    launch, across, split_k = self.launch, self.launch.across, self.t.split_k
+    launch, across = self.launch, self.launch.across
     groups = self.live * launch.tiles_of_list
-    split = lax.div(item, groups * across) if split_k > 1 else 0
-    item = item - split * (groups * across)
     width = min(self.t.grid_width, across)
     stripe = lax.div(item, groups * width)
     inside = item - stripe * groups * width
@@ -196,9 +192,7 @@ class Tiles:
       b = b * launch.cluster + lax.axis_index("member")
     part = 1 + div(at, launch.tiles_of_list) * _plan.PART
     which, begin, end, partials, place = (self.refs["parts"][part + j] for j in range(_plan.PART))
-    if split_k > 1:
-      begin, end = (begin + div((end - begin) * s, split_k) for s in (split, split + 1))
-    return Tile(split, which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, partials, place)
+    return Tile(which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, partials, place)
 
   def sums_of(self, at: Tile, part):
     """Where part `part` of the list leaves its sums of this tile, the flag of that place, and what it is when it is free.
@@ -207,7 +201,7 @@ class Tiles:
     were handed out earlier, so that somebody always goes on.
     """
     launch, b = self.launch, div(at.b, self.t.tile_b)
-    place = (at.split * launch.extra + at.place + part) * launch.turns + rem(b, launch.turns)
+    place = (at.place + part) * launch.turns + rem(b, launch.turns)
     index = place * launch.tiles_of_list + at.sub
     flag = self.refs["counter"].at[1 + index * WARPGROUPS + self.warpgroup]
     return self.refs["sums"].at[index, self.warpgroup], flag, 2 * div(b, launch.turns)

@@ -19,7 +19,9 @@ class Tuning:
   Attributes:
     tile_b: rows of x to a tile; a multiple of 8, at most 256.
     stages: pipeline steps in shared memory.
-    split_k: parts of every list of blocks that are computed apart and then added.
+    step: of the sum, to a pipeline step: 64, or 32 for blocks of 32.
+    split_k: blocks of threads, in a cluster, that share every list of blocks (`_hopper_once`): 1, 2, 4 or 8.
+    once: a block of threads works on one tile, or its share of one, and another one on the next.
     grid_width: tiles along B that are visited for all block columns before the next ones.
     cluster: tiles along B that are computed side by side and share what is loaded of w: 1, 2 or 4.
     epilogue_n: rows of x stored at a time; 0 for a default.
@@ -32,6 +34,8 @@ class Tuning:
   tile_b: int
   stages: int = 4
   split_k: int = 1
+  once: bool = False
+  step: int = 64
   grid_width: int = 4
   cluster: int = 1
   epilogue_n: int = 0
@@ -44,16 +48,23 @@ class Tuning:
       object.__setattr__(self, "epilogue_n", _epilogue_n(self.tile_b))
     if self.epilogue_n % 8 or self.epilogue_n < 8:
       raise ValueError(f"{self} needs epilogue_n to be a positive multiple of 8.")
-    if min(self.stages, self.split_k, self.grid_width, self.epilogue_slots) < 1 or self.stages > 32:
-      raise ValueError(f"{self} needs stages in [1, 32], and split_k, grid_width and epilogue_slots of at least 1.")
+    if min(self.stages, self.grid_width, self.epilogue_slots) < 1 or self.stages > 32:
+      raise ValueError(f"{self} needs stages in [1, 32], and grid_width and epilogue_slots of at least 1.")
+    if self.split_k not in (1, 2, 4, 8) or self.tile_b % (8 * self.split_k):
+      raise ValueError(f"{self} needs a split_k of 1, 2, 4 or 8, and tile_b to be a multiple of 8 of it.")
+    if self.step not in (32, 64):
+      raise ValueError(f"{self} needs a step of 32 or 64.")
+    # Shares of a list need a kernel that knows them, and room for sums where x was.
+    if self.split_k > 1 and (not self.once or self.stages * self.step < 256) or self.once and self.cluster > 1:
+      raise ValueError(f"{self} needs once and stages of 256 of the sum for a split_k above 1, a cluster of 1 for once.")
     if self.cluster not in (1, 2, 4):
       raise ValueError(f"{self} needs a cluster of 1, 2 or 4.")
     if self.shared_bytes() > SHARED_BYTES:
       raise ValueError(f"{self} needs {self.shared_bytes()} bytes of shared memory; there are {SHARED_BYTES}.")
 
   def shared_bytes(self) -> int:
-    """Shared memory of a block, in bytes, for steps of 64 and a 16-bit result (a 32-bit one stages fewer rows)."""
-    step = (self.tile_b + TILE) * 64 * 2
+    """Shared memory of a block, in bytes, for a 16-bit result (a 32-bit one stages fewer rows)."""
+    step = (self.tile_b + TILE) * self.step * 2
     out = 2 * self.epilogue_slots * self.epilogue_n * 128
     return self.stages * step + out + _BARRIER_BYTES
 
