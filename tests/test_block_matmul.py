@@ -325,7 +325,7 @@ def test_long_lists_are_cut(lengths, depth):
   starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
   parts = _plan._parts(np, starts, depth)
   np.testing.assert_array_equal(parts, jax.jit(lambda a: _plan._parts(jnp, a, depth))(starts))
-  check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=parts, units=None))
+  check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=parts, units=None, whole=None))
   # A list is cut where it is longer than three times the mean, and long enough for that to pay.
   long = [n for n in lengths if n > max(3 * np.mean(lengths), 1536 / depth)]
   assert (parts[0] > len(lengths)) == bool(long)
@@ -348,7 +348,7 @@ def test_cuts_need_no_exact_division(ulps, monkeypatch):
   for lengths in ([100, 90, 80, 70] + [1] * 60, [96] + [3] * 31, [60, 48, 36] + [0] * 45):
     starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
     got = np.asarray(_plan._parts(np, starts.view(_Rounded), 128))
-    check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=got, units=None))
+    check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=got, units=None, whole=None))
     np.testing.assert_array_equal(got, _plan._parts(np, starts, 128))
 
 

@@ -112,7 +112,7 @@ def block_matmul_hopper(
   run, launch = _build(tuning, x, w, plan, outputs, transposed, stored, interpret)
   lists = [jnp.asarray(a) for a in (plan.minor, plan.slots, plan.parts, plan.units)]
   if tuning.once:
-    y = run(x, w.blocks, *lists, jnp.asarray(plan.starts))
+    y = run(x, w.blocks, *lists, jnp.asarray(plan.whole))
     return y.sum(0).astype(out_dtype) if apart else y
   counter = jax.new_ref(jnp.zeros((launch.counters,), jnp.int32))  # fresh zeros in every call
   return run(x, w.blocks, *lists, counter)[0]
@@ -132,7 +132,7 @@ def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):
   """The kernel for these shapes, and what is static in it.
 
   The kernel takes x, blocks, a plan and counters, and gives `[B, outputs]` and sums of parts of lists. With `t.once` it takes
-  the plan's starts in place of counters and gives `[B, outputs]`, which the interpreter leaves as `[split_k, B, outputs]`.
+  whole lists in place of counters and gives `[B, outputs]`, which the interpreter leaves as `[split_k, B, outputs]`.
   """
   plgpu = mg.plgpu
   (batch, _), (capacity, bk, bo) = x.shape, w.blocks.shape
@@ -160,7 +160,7 @@ def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):
     interpret=interpret,
   )
 
-  names = ["x", "w", "minor", "slots", "parts", "units", *(("starts", "out") if t.once else ("counter", "out", "sums"))]
+  names = ["x", "w", "minor", "slots", "parts", "units", *(("whole", "out") if t.once else ("counter", "out", "sums"))]
 
   def kernel(*refs, **smem):
     work = (once.Body if t.once else body.Body)(launch, dict(zip(names, refs, strict=True)), smem)

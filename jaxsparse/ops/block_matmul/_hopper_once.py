@@ -15,7 +15,6 @@ from jax import lax
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _hopper_body as body
 from jaxsparse.ops.block_matmul import _hopper_device as device
-from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul._hopper_tiles import div
 from jaxsparse.ops.block_matmul._hopper_tiles import rem
 from jaxsparse.ops.block_matmul._hopper_tiles import Tile
@@ -27,9 +26,9 @@ class Launch(body.Launch):
 
   @property
   def threads(self) -> int:
-    """Clusters: long lists may have more entries than one in the plan's order, and only the last of them counts."""
-    clusters = (self.lists + self.extra) * self.tiles_of_list * self.across
-    return clusters if self.interpret is None else clusters * self.t.split_k
+    """Clusters."""
+    tiles = self.lists * self.tiles_of_list * self.across
+    return tiles if self.interpret is None else tiles * self.t.split_k
 
   @property
   def chunks(self) -> list[tuple[int, int]]:
@@ -43,7 +42,7 @@ class Launch(body.Launch):
 
 
 class Body(body.Body):
-  """As `_hopper_body.Body`; refs have the plan's `starts`, and neither sums nor a counter."""
+  """As `_hopper_body.Body`; refs have the plan's `whole` lists, and neither sums nor a counter."""
 
   def __init__(self, launch: Launch, refs: dict[str, Any], smem: dict[str, Any]):
     super().__init__(launch, refs, smem)
@@ -55,25 +54,14 @@ class Body(body.Body):
       self.refs = refs | dict(out=refs["out"].at[self.member])
 
   def walk(self, body, loads):
-    """The tile of this block of threads, if it has one: steps are counted by nobody but `body`."""
+    """The tile of this block of threads."""
     del loads
-    launch, parts = self.launch, self.refs["parts"]
+    launch = self.launch
     at, b = div(self.index, launch.across), rem(self.index, launch.across)
-    part = 1 + div(at, launch.tiles_of_list) * _plan.PART
-
-    @mg.pl.when(self.index < self.live * (launch.tiles_of_list * launch.across))
-    def _():
-      @mg.pl.when(parts[part + 3] >= 0)  # else a later part stands for the list
-      def _():
-        which = parts[part]
-        begin, end = (self._cut(self.refs["starts"], which, self.member + i) for i in range(2))
-        tile = Tile(which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, 0, 0)
-        body(0, tile, jnp.int32(0), lambda: None)
-
-  def _cut(self, starts, which, member):
-    """First entry of a member's share of a list."""
-    begin, end = starts[which], starts[which + 1]
-    return begin + div((end - begin) * member, self.t.split_k)
+    line = div(at, launch.tiles_of_list) * 3
+    which, begin, end = (self.refs["whole"][line + i] for i in range(3))
+    begin, end = (begin + div((end - begin) * (self.member + i), self.t.split_k) for i in range(2))
+    body(0, Tile(which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, 0, 0), jnp.int32(0), lambda: None)
 
   def free_queue(self):
     """There is none."""

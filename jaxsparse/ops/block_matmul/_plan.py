@@ -46,6 +46,7 @@ class Plan(NamedTuple):
       and have partials = -1; the last one adds `partials` of them, from `place` on. A list that is not long is one part.
     units: `[2 * lists]`, where blocks are narrower than a tile: which 64 columns of the result each half of a tile is. The
       last one may lie outside of the result.
+    whole: `[3 * lists]`, for those who do not cut them: (list, first entry, one past the last), longest first.
   """
 
   minor: Any
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
   starts: Any
   parts: Any
   units: Any
+  whole: Any
 
 
 class Sampled(NamedTuple):
@@ -229,12 +231,15 @@ def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) 
   counts = _count(xp, lists, xp.where(first, key // minors, lists))
   starts = xp.concatenate([xp.zeros(1, np.int32), xp.cumsum(counts).astype(np.int32)])
   as32 = lambda a: xp.asarray(a).astype(np.int32)
+  longest = xp.argsort(-counts, stable=True)
+  whole = xp.stack([longest, starts[:-1][longest], starts[1:][longest]], 1).reshape(-1)
   return Plan(
     minor=as32(minors_of),
     slots=as32(slots),
     starts=as32(starts),
     parts=_parts(xp, starts, depth),
     units=as32(units),
+    whole=as32(whole),
   )
 
 
