@@ -150,7 +150,9 @@ def measure(group, programs, dense, weights, rows, failed):
       for name in names
     ]
     best = min(names, key=us.get)
-    print(*shown.values(), f"dense {us['dense']:.1f} best {best}", *(f"{name}:{us[name]:.1f}" for name in names), flush=True)
+    print(
+      *shown.values(), f"dense {us['dense']:.1f} best {best}", *(f"{name}:{us[name]:.1f}" for name in names), flush=True
+    )
 
 
 def main(argv):
@@ -159,9 +161,7 @@ def main(argv):
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   began, rows, failed = time.monotonic(), [], []
   budget = cells._BUDGET.value or 1e9
-  pool = concurrent.futures.ProcessPoolExecutor(
-    cells._WORKERS.value, multiprocessing.get_context("spawn")
-  )
+  pool = concurrent.futures.ProcessPoolExecutor(cells._WORKERS.value, multiprocessing.get_context("spawn"))
   groups, programs, weights = [], {}, {}
   for batch, block, (k, o) in itertools.product(map(int, _ROWS.value), _BLOCKS, _SHAPES):
     case = dict(shape=f"{k}x{o}", K=k, O=o, B=batch, block=f"{block}x{block}", pattern="random", product="fwd")

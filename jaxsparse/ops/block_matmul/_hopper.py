@@ -12,7 +12,8 @@ holds a tile that another one could begin. Tiles come in stripes along B, longes
 x in the L2 cache. A tile whose list is far longer than the others walks slowly, shares no x with them, and would
 read it from memory by itself: such lists are cut (`_plan`), their parts leave float32 sums in memory, and the last part adds
 them, always in the same order. Lengths, positions and order are read from memory: masks change without compiling. The copy
-engine fills what lies outside of x with zeros and drops what is stored outside, so B may be ragged.
+engine fills what lies outside of x with zeros and drops what is stored outside, so B may be ragged. A few hundred rows of x
+leave most multiprocessors without such a tile: `_hopper_once` cuts them lower and runs all of them at once.
 
 What bounds it at 8192 x 8192 x 8192 (counters, and runs with parts left out). Blocks of 128 and 64 at densities from 0.1: what
 comes through the L2 cache, 8 to 9 TB/s. Blocks of 128 at 0.05: device memory, of which the kernel moves 282 MB at 2.5 TB/s, 268
@@ -84,7 +85,7 @@ def block_matmul_hopper(
     w: `[K, O]`, blocks of x's dtype with sides of 32, 64, 128 or 256.
     transposed: which product.
     out_dtype: bfloat16, float16 or float32; x's dtype by default.
-    tuning: a `tuning.Tuning`; chosen from the shape by default: then `x @ w` for at most 64 rows is `_decode`'s.
+    tuning: a `tuning.Tuning`; chosen from the shape by default: then `x @ w` for few rows is `_decode`'s.
     interpret: a `_mosaic_gpu.Interpret` to run on a CPU with a plain dot in place of the tensor cores.
 
   Returns:
@@ -100,7 +101,8 @@ def block_matmul_hopper(
     raise ValueError(reason)
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
   plans = _plan.plans_of(w)
-  if tuning is None and not transposed and x.shape[0] <= _decode.MAX_BATCH and plans.heads is not None:
+  few_rows = tunings.takes_few_rows(x.shape[0], w.shape[1], min(w.block_shape), w.density)
+  if tuning is None and not transposed and few_rows and plans.heads is not None:
     return _decode.block_matmul_decode(x, w, plans.heads, out_dtype=out_dtype, interpret=interpret)
   plan = plans.transposed if transposed else plans.forward
   outputs = w.shape[0] if transposed else w.shape[1]
@@ -125,7 +127,9 @@ def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tuni
   share = 1 - (1 - min(w.density, 1)) ** max(1, tunings.TILE // size)
   blocks = share * w.grid[1 if transposed else 0]
   outputs = w.shape[0] if transposed else w.shape[1]
-  return tunings.best_tuning(batch, outputs, blocks, depth, size)
+  plan = None if not w.static else _plan.plans_of(w).transposed if transposed else _plan.plans_of(w).forward
+  cut = plan is not None and bool(plan.parts[0] > plan.starts.size - 1)
+  return tunings.best_tuning(batch, outputs, blocks, depth, size, cut)
 
 
 def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):

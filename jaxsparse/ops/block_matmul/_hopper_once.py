@@ -12,7 +12,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _hopper_body as body
 from jaxsparse.ops.block_matmul import _hopper_device as device
 from jaxsparse.ops.block_matmul._hopper_tiles import div

@@ -1,14 +1,14 @@
 """Tile sizes of the block-sparse matmul, and which of them a shape gets."""
 
 import dataclasses
+import math
 
 SHARED_BYTES = 227 * 1024  # of one block on Hopper
 _BARRIER_BYTES = 1024
 _SMS = 132
-# Of the model that decides whether lists are split: to be fitted to measurements.
-_STEP_US, _SMALL_STEP_US = 0.65, 0.35  # 64 of the sum: bound by tensor cores, and by what one multiprocessor loads
-_LAUNCH_US = 4.0  # adding up the parts is a kernel of its own
-_BYTES_PER_US = 2.5e6
+_SOME_ROWS = 1024  # of x: up to here, all tiles run at once if they fill the multiprocessors so many times or less;
+_ROUNDS_AT_ONCE = 2
+_IDLE = 0.5  # beyond, if half of the multiprocessors would be idle
 TILE = 128  # of the result, along its blocks: 64 for each of the two warpgroups that multiply
 
 
@@ -56,7 +56,9 @@ class Tuning:
       raise ValueError(f"{self} needs a step of 32 or 64.")
     # Shares of a list need a kernel that knows them, and room for sums where x was.
     if self.split_k > 1 and (not self.once or self.stages * self.step < 256) or self.once and self.cluster > 1:
-      raise ValueError(f"{self} needs once and stages of 256 of the sum for a split_k above 1, a cluster of 1 for once.")
+      raise ValueError(
+        f"{self} needs once and stages of 256 of the sum for a split_k above 1, a cluster of 1 for once."
+      )
     if self.cluster not in (1, 2, 4):
       raise ValueError(f"{self} needs a cluster of 1, 2 or 4.")
     if self.shared_bytes() > SHARED_BYTES:
@@ -69,7 +71,20 @@ class Tuning:
     return self.stages * step + out + _BARRIER_BYTES
 
 
-def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int) -> Tuning:
+def takes_few_rows(batch: int, outputs: int, side: int, density: float) -> bool:
+  """Whether `x @ w` is left to the kernel for few rows of x (`_decode`).
+
+  Args:
+    batch: rows of x.
+    outputs: width of the result.
+    side: the shorter one of a block.
+    density: of w.
+  """
+  # Measured with 128 rows: it is 1.1 to 3 times as fast as tiles, but for many strips that have next to nothing to do.
+  return batch <= 64 or batch <= 128 and (density > 0.03 or outputs <= _SMS * min(64, side))
+
+
+def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int, cut: bool = False) -> Tuning:
   """Tiles for `batch` rows of x.
 
   Args:
@@ -78,31 +93,64 @@ def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int) 
     blocks: entries of the list of a tile, on average.
     depth: of a block along the sum.
     size: of a block along the result.
+    cut: whether the plan is known to have long lists in parts.
   """
+  steps = blocks * max(1, depth // 64)
+  lists = -(-outputs // TILE)
+  rounds = lists * -(-batch // 256) / _SMS
+  if rounds <= (_ROUNDS_AT_ONCE if batch <= _SOME_ROWS else _IDLE):
+    t = _at_once(batch, lists, steps, depth, size)
+    return Tuning(t.tile_b, _stages(t.tile_b)) if cut else t  # tiles from a counter know parts of lists
   tile_b = min(256, -(-batch // 8) * 8)
   if 256 < batch < 1024 and 0 < batch % 256 <= 128:
     # A last tile that is nearly empty costs as much as a full one.
     tile_b = -(-batch // (8 * -(-batch // 256))) * 8
-  steps = blocks * max(1, depth // 64)
-  tiles = -(-outputs // TILE) * -(-batch // tile_b)
   # Measured: short tiles are bound by device memory and what a tile costs beside its steps, and lower ones hide that better.
   # Where tiles are few, they also leave less to the last of them.
-  if tile_b == 256 and steps < (12 if size >= TILE and tiles < 4 * _SMS else 6):
-    tile_b, tiles = 128, -(-outputs // TILE) * -(-batch // 128)
+  few = lists * -(-batch // tile_b) < 4 * _SMS
+  if batch > _SOME_ROWS and steps < (12 if size >= TILE and few else 6):
+    tile_b = 128
   across = -(-batch // tile_b)
-
-  def microseconds(split):
-    step = _STEP_US if tile_b > 64 else _SMALL_STEP_US
-    lists = -(-tiles * split // _SMS) / split * steps * step
-    return lists + (0 if split == 1 else _LAUNCH_US + split * batch * outputs * 8 / _BYTES_PER_US)
-
-  stages = 4 if tile_b > 128 else 6 if tile_b > 64 else 8
-  split = min((1, 2, 4, 8), key=microseconds)
   # Measured: neighbours that share w gain 2 to 13 %, but in each tile they wait for each other, and lose up to 10 % where
   # tiles are short. Narrower blocks share less: few of them are in the same rows. Blocks of 32 lose always.
   pays = size >= 64 and steps > (11 if size >= TILE else 22)
-  cluster = 2 if pays and across % 2 == 0 and split == 1 and tiles >= 2 * _SMS else 1
-  return Tuning(tile_b, stages, split, 1, cluster)
+  cluster = 2 if pays and across % 2 == 0 and lists * across >= 2 * _SMS else 1
+  return Tuning(tile_b, _stages(tile_b), grid_width=1, cluster=cluster)
+
+
+def _at_once(batch: int, lists: int, steps: float, depth: int, size: int) -> Tuning:
+  """As low tiles as all run at once; where half of the multiprocessors would be idle, two share the list of each.
+
+  What one multiprocessor can load bounds such a product, and of low tiles each has less to load. That outweighs that w is
+  loaded more often. The figures are in `benchmarks/results/block_matmul_some_rows_h100.json`.
+  """
+  # Equal tiles of at most so many rows, in halves of 8 rows each.
+  heights = sorted({-(-batch // (16 * -(-batch // most))) * 16 for most in (64, 128, 256)})
+  tiles = {rows: lists * -(-batch // rows) for rows in heights}
+
+  def fits(rows):
+    rounds = tiles[rows] / _SMS
+    if rounds <= 1 or rows <= 64:
+      return rounds <= 1
+    # A second round of short tiles costs less than tiles twice as high.
+    return (
+      rounds <= 1.75 and (size >= TILE or size == 64 and steps <= 16) or rounds <= 2 and size >= TILE and steps <= 12
+    )
+
+  rows = next(filter(fits, heights), heights[-1])
+  halved = next((rows for rows in heights if 2 * tiles[rows] <= _SMS), None)
+  if halved == rows:
+    least = 16 if size >= 64 else 12
+  else:  # tiles are twice as high, which loads less, but only narrow blocks with long lists make up for the meeting
+    least = 12 if size < 64 else 40 if size < TILE and rows == heights[0] else math.inf
+  split = 2 if halved is not None and steps > least else 1
+  rows, step = halved if split == 2 else rows, min(64, depth)
+  return Tuning(rows, _stages(rows) * 64 // step, split, once=True, step=step)
+
+
+def _stages(tile_b: int) -> int:
+  """Pipeline steps of 64 that fit."""
+  return 4 if tile_b > 128 else 6 if tile_b > 64 else 8
 
 
 def _epilogue_n(tile_b: int) -> int:
