@@ -60,6 +60,42 @@ def product_in_halves(tile_b, step, transposed, swizzle, transforms, dtype):
   return of_present
 
 
+def exchange(tile_b, split, transforms):
+  """`(accumulator, inbox)`: adds up the accumulators of a cluster; member m gets slice m of `split` slices along B.
+
+  The inbox is shared memory that nobody uses any more when both warpgroups of all members have come here.
+  """
+  plgpu = mg.plgpu
+  share = tile_b // split
+  fours = share // 8  # of a thread, 16 bytes each, in a slice
+  bytes_of_share = fours * 16 * mg.WARPGROUP
+
+  def meet(_, accumulator, inbox):
+    warpgroup = mg.arith.divui(mg.thread_index(), mg.const32(mg.WARPGROUP))
+    thread = mg.arith.remui(mg.thread_index(), mg.const32(mg.WARPGROUP))
+    scaled = lambda a, factor: mg.arith.muli(a, mg.const32(factor))
+    base = mg.arith.addi(mg.shared_address(inbox), scaled(warpgroup, split * bytes_of_share))
+    base = mg.arith.addi(base, scaled(thread, 16))
+    place = mg.arith.addi(base, scaled(mg.cluster_rank(), bytes_of_share))
+    mg.cluster_barrier()  # from here on, nobody's tensor cores read what sums are sent to
+    registers = list(accumulator.registers.flat)
+    for member in range(split):
+      mine = registers[member * 2 * fours : (member + 1) * 2 * fours]
+      values = [mg.extract(register, i) for register in mine for i in range(2)]
+      mg.send_f32x4(place, member, values, 16 * mg.WARPGROUP)
+    mg.cluster_barrier()
+    sums = None
+    for sender in range(split):
+      values = mg.load_shared_f32x4(base, sender * bytes_of_share, fours, 16 * mg.WARPGROUP)
+      sums = values if sums is None else [mg.arith.addf(a, b) for a, b in zip(sums, values, strict=True)]
+    return mg.accumulator(sums, (ROWS, share))
+
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(transforms)),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, share), jnp.float32, layout=plgpu.Layout.WGMMA),
+  )(meet)
+
+
 def interpreted_product(w, x, transposed, present):
   """The same on a CPU, from the same slabs."""
   w = w.transpose(1, 0, 2) if transposed else w.transpose(0, 2, 1)
@@ -96,42 +132,6 @@ def add_sums(tile_b):
     arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()),
     return_type=plgpu.ShapeDtypeStruct((ROWS, tile_b), jnp.float32, layout=plgpu.Layout.WGMMA),
   )(add)
-
-
-def exchange(tile_b, split, transforms):
-  """`(accumulator, inbox)`: adds up the accumulators of a cluster; member m gets slice m of `split` slices along B.
-
-  The inbox is shared memory that nobody uses any more when both warpgroups of all members have come here.
-  """
-  plgpu = mg.plgpu
-  share = tile_b // split
-  fours = share // 8  # of a thread, 16 bytes each, in a slice
-  bytes_of_share = fours * 16 * mg.WARPGROUP
-
-  def meet(_, accumulator, inbox):
-    warpgroup = mg.arith.divui(mg.thread_index(), mg.const32(mg.WARPGROUP))
-    thread = mg.arith.remui(mg.thread_index(), mg.const32(mg.WARPGROUP))
-    scaled = lambda a, factor: mg.arith.muli(a, mg.const32(factor))
-    base = mg.arith.addi(mg.shared_address(inbox), scaled(warpgroup, split * bytes_of_share))
-    base = mg.arith.addi(base, scaled(thread, 16))
-    place = mg.arith.addi(base, scaled(mg.cluster_rank(), bytes_of_share))
-    mg.cluster_barrier()  # from here on, nobody's tensor cores read what sums are sent to
-    registers = list(accumulator.registers.flat)
-    for member in range(split):
-      mine = registers[member * 2 * fours : (member + 1) * 2 * fours]
-      values = [mg.extract(register, i) for register in mine for i in range(2)]
-      mg.send_f32x4(place, member, values, 16 * mg.WARPGROUP)
-    mg.cluster_barrier()
-    sums = None
-    for sender in range(split):
-      values = mg.load_shared_f32x4(base, sender * bytes_of_share, fours, 16 * mg.WARPGROUP)
-      sums = values if sums is None else [mg.arith.addf(a, b) for a, b in zip(sums, values, strict=True)]
-    return mg.accumulator(sums, (ROWS, share))
-
-  return plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(transforms)),
-    return_type=plgpu.ShapeDtypeStruct((ROWS, share), jnp.float32, layout=plgpu.Layout.WGMMA),
-  )(meet)
 
 
 def _await(flag, turn):
