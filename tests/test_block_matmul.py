@@ -299,8 +299,8 @@ def test_sampled_plan(side, density):
 def check_parts(plan):
   """Every entry is in one part; parts come longest first, those of a list together, and name the places of their sums."""
   live, lists = int(plan.parts[0]), plan.starts.shape[0] - 1
-  parts, places = plan.parts[1:].reshape(-1, _plan.PART)[:live], []
-  assert lists <= live <= lists + _plan.extra_parts(lists) == (plan.parts.shape[0] - 1) // _plan.PART
+  parts, places = plan.parts[_plan.HEADER :].reshape(-1, _plan.PART)[:live], []
+  assert lists <= live <= lists + _plan.extra_parts(lists) == (plan.parts.shape[0] - _plan.HEADER) // _plan.PART
   covered = sorted((begin, end) for _, begin, end, _, _ in parts if begin < end)
   assert [a for a, _ in covered] == [0, *(b for _, b in covered)][: len(covered)]
   assert max((b for _, b in covered), default=0) == plan.starts[-1]

@@ -19,7 +19,6 @@ from jaxsparse.ops.block_matmul._hopper_device import ROWS
 WARPGROUPS = 2  # that multiply
 _QUEUE = 4  # tiles that the loading warpgroup may be ahead of the others
 _AHEAD = 128  # of the sum are left to be loaded when the next tile is taken
-_STRIPES = 4  # that have places of their own for sums of parts: few, so that these stay in the L2 cache
 
 
 def div(a, b):
@@ -100,7 +99,7 @@ class Grid:
   @property
   def turns(self) -> int:
     """After so many tiles along B, a place for sums is used again."""
-    return min(self.across, max(self.t.grid_width, _STRIPES)) * self.cluster
+    return min(self.across, max(self.t.tail, 4)) * self.cluster
 
   @property
   def counters(self) -> int:
@@ -129,6 +128,8 @@ class Tiles:
     self.launch, self.t, self.refs, self.smem = launch, launch.t, refs, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.live = refs["parts"][0]
+    at_once = launch.cluster * launch.tiles_of_list
+    self.tail = jnp.clip(div(refs["parts"][1] + at_once - 1, at_once), 1, min(self.t.tail, launch.across))
     # The first tiles are handed out by index, but not all clusters may run at once.
     self.base = 0 if launch.cluster > 1 else launch.threads
 
@@ -186,15 +187,14 @@ class Tiles:
     groups = self.live * launch.tiles_of_list
     split = lax.div(item, groups * across) if split_k > 1 else 0
     item = item - split * (groups * across)
-    width = min(self.t.grid_width, across)
-    stripe = lax.div(item, groups * width)
-    inside = item - stripe * groups * width
-    in_stripe = jnp.minimum(width, across - stripe * width)
-    at = lax.div(inside, in_stripe) if width > 1 else inside
-    b = stripe * width + (lax.rem(inside, in_stripe) if width > 1 else 0)
+    tail = self.tail
+    stripe = jnp.minimum(div(item, groups), across - tail)
+    inside = item - stripe * groups
+    width = jnp.where(stripe == across - tail, tail, 1)
+    at, b = div(inside, width), stripe + rem(inside, width)
     if launch.cluster > 1:
       b = b * launch.cluster + lax.axis_index("member")
-    part = 1 + div(at, launch.tiles_of_list) * _plan.PART
+    part = _plan.HEADER + div(at, launch.tiles_of_list) * _plan.PART
     which, begin, end, partials, place = (self.refs["parts"][part + j] for j in range(_plan.PART))
     if split_k > 1:
       begin, end = (begin + div((end - begin) * s, split_k) for s in (split, split + 1))

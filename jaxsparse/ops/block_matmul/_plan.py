@@ -20,12 +20,13 @@ UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile, to each warpgroup
 _FLAT_BELOW = {64: 0.2, 32: 0.3}  # density, by height of blocks; measured at 8192^3; see `sampled_height`
 _FLAT_STRIPES = 3  # stripes of flat tiles, relative to those of others; measured, at 1 to 6
-PART = 5  # numbers to a part of a list
+HEADER, PART = 2, 5  # numbers before all parts of lists, and to each of them
 # A list is cut in parts of at most so many times the mean length: the first of these for which there is room, and there always
 # is for the last. Measured: adding a part costs as much as 10 us of work. So no list as short as _LEAST rows of the sum is
 # cut, and twice the mean is too little.
 _CUTS = (3, 4)
 _LEAST = 1536
+_TILE_COST = 192  # what a tile costs beside its steps, in rows of the sum
 HEAD_ROWS = 29  # rows in a line of `Plans.heads`, which so has 128 bytes
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
@@ -41,9 +42,10 @@ class Plan(NamedTuple):
     slots: `[N * S]`, for every entry the slot of the block in each of the S block columns of the list; the capacity N
       where there is none.
     starts: `[lists + 1]`, of the lists in `minor`.
-    parts: `[1 + 5 P]`: how many parts of lists there are, then of each, longest first and those of one list together:
-      (list, first entry, one past the last, partials, place). Parts but the last of a list leave their sums at `place`,
-      and have partials = -1; the last one adds `partials` of them, from `place` on. A list that is not long is one part.
+    parts: `[2 + 5 P]`: how many parts of lists there are, and in how many rounds of them the longest one is done; then of each,
+      longest first and those of one list together: (list, first entry, one past the last, partials, place). Parts but the
+      last of a list leave their sums at `place`, and have partials = -1; the last one adds `partials` of them, from
+      `place` on. A list that is not long is one part.
     units: `[2 * lists]`, where blocks are narrower than a tile: which 64 columns of the result each half of a tile is. The
       last one may lie outside of the result.
   """
@@ -240,7 +242,7 @@ def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) 
 
 def _parts(xp, starts, depth):
   """`Plan.parts`: long lists are cut, so that tiles of one stripe of x run at about the same time."""
-  counts = starts[1:] - starts[:-1]
+  counts, starts_end = starts[1:] - starts[:-1], starts[-1]
   lists = counts.shape[0]
   room, least = extra_parts(lists), -(-_LEAST // depth)
   # These numbers are small: quotients in float32 are as good as those of integers, and a third of the operations. But XLA's
@@ -262,7 +264,10 @@ def _parts(xp, starts, depth):
   # Every list before has a last part, which leaves no sums.
   place = before - rank + xp.where(leaves, of_list, 0)
   parts = xp.stack([order[rank], begin, end, xp.where(leaves, -1, pieces - 1), place], 1)
-  return as32(xp.concatenate([ends[-1:], parts.reshape(-1)]))
+  # While all multiprocessors together do all parts once, the longest one is done so often or less.
+  tile = _TILE_COST / depth
+  rounds = xp.ceil((end[0] - begin[0] + tile) * _SMS / (starts_end + tile * ends[-1]))
+  return as32(xp.concatenate([xp.stack([ends[-1], rounds]), parts.reshape(-1)]))
 
 
 def _items(xp, plan, minors, piece, wide):
