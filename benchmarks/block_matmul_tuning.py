@@ -63,7 +63,7 @@ def tuning_of(name: str, case, w):
   step = min(64, side)
   stages = {256: 4, 128: 6, 64: 8}[tile] * (64 // step if name[0] == "o" else 1)
   if name[0] == "p":
-    return tunings.Tuning(tile, stages, grid_width=1)
+    return tunings.Tuning(tile, stages)
   return tunings.Tuning(tile, stages, split, once=True, step=step)
 
 

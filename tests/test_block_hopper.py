@@ -55,7 +55,7 @@ KERNEL_CASES = {
     mask=[[1, 0, 0, 1]] + [[1, 0, 0, 0]] * 7,
     batch=24,
     least=128,
-    tuning=dict(tile_b=8, grid_width=2),
+    tuning=dict(tile_b=8, tail=2),
   ),
   "all zero": dict(block=(64, 32), grid=(2, 3), density=0, batch=8, tuning=dict(tile_b=8)),
   "all dense, float16": dict(

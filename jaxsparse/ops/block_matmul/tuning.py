@@ -22,7 +22,7 @@ class Tuning:
     step: of the sum, to a pipeline step: 64, or 32 for blocks of 32.
     split_k: blocks of threads, in a cluster, that share every list of blocks (`_hopper_once`): 1, 2, 4 or 8.
     once: a block of threads works on one tile, or its share of one, and another one on the next.
-    grid_width: tiles along B that are visited for all block columns before the next ones.
+    tail: at most so many tiles along B are visited together at the end.
     cluster: tiles along B that are computed side by side and share what is loaded of w: 1, 2 or 4.
     epilogue_n: rows of x stored at a time; 0 for a default.
     epilogue_slots: stores in flight for each warpgroup.
@@ -36,7 +36,7 @@ class Tuning:
   split_k: int = 1
   once: bool = False
   step: int = 64
-  grid_width: int = 4
+  tail: int = 8
   cluster: int = 1
   epilogue_n: int = 0
   epilogue_slots: int = 2
@@ -48,8 +48,8 @@ class Tuning:
       object.__setattr__(self, "epilogue_n", _epilogue_n(self.tile_b))
     if self.epilogue_n % 8 or self.epilogue_n < 8:
       raise ValueError(f"{self} needs epilogue_n to be a positive multiple of 8.")
-    if min(self.stages, self.grid_width, self.epilogue_slots) < 1 or self.stages > 32:
-      raise ValueError(f"{self} needs stages in [1, 32], and grid_width and epilogue_slots of at least 1.")
+    if min(self.stages, self.tail, self.epilogue_slots) < 1 or self.stages > 32:
+      raise ValueError(f"{self} needs stages in [1, 32], and tail and epilogue_slots of at least 1.")
     if self.split_k not in (1, 2, 4, 8) or self.tile_b % (8 * self.split_k):
       raise ValueError(f"{self} needs a split_k of 1, 2, 4 or 8, and tile_b to be a multiple of 8 of it.")
     if self.step not in (32, 64):
@@ -115,7 +115,7 @@ def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int, 
   # tiles are short. Narrower blocks share less: few of them are in the same rows. Blocks of 32 lose always.
   pays = size >= 64 and steps > (11 if size >= TILE else 22)
   cluster = 2 if pays and across % 2 == 0 and lists * across >= 2 * _SMS else 1
-  return Tuning(tile_b, _stages(tile_b), grid_width=1, cluster=cluster)
+  return Tuning(tile_b, _stages(tile_b), cluster=cluster)
 
 
 def _at_once(batch: int, lists: int, steps: float, depth: int, size: int) -> Tuning:
