@@ -309,7 +309,9 @@ def check_parts(plan):
     which, begin, _, _, pieces, place = parts[i]
     mine = parts[i : i + pieces]
     assert begin == plan.starts[which] and mine[-1, 2] == plan.starts[which + 1]
-    assert (mine[:, 0] == which).all() and mine[:, 3].tolist() == list(range(pieces)) and (mine[:, 4:] == mine[0, 4:]).all()
+    assert (
+      (mine[:, 0] == which).all() and mine[:, 3].tolist() == list(range(pieces)) and (mine[:, 4:] == mine[0, 4:]).all()
+    )
     places += range(place, place + pieces - 1)
     longest.append((mine[:, 2] - mine[:, 1]).max())
     i += pieces

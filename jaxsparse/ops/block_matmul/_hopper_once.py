@@ -60,7 +60,9 @@ class Body(body.Body):
     line = div(at, launch.tiles_of_list) * 3
     which, begin, end = (self.refs["whole"][line + i] for i in range(3))
     begin, end = (begin + div((end - begin) * (self.member + i), self.t.split_k) for i in range(2))
-    body(0, Tile(which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, 0, 0, 0), jnp.int32(0), lambda: None)
+    body(
+      0, Tile(which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, 0, 0, 0), jnp.int32(0), lambda: None
+    )
 
   def free_queue(self):
     """There is none."""
