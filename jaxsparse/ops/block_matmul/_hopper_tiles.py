@@ -1,7 +1,8 @@
 """Which tile of the block-sparse matmul a block of threads works on next, and where parts of a list leave their sums.
 
 Blocks of threads persist and take their tiles from a counter, in the order of the plan: stripes along B, in each of which
-all parts of lists come, longest first. What runs at a time then shares x in the L2 cache, and short tiles come last.
+all parts of lists come, longest first. What runs at a time then shares x in the L2 cache. The long tiles of the last stripes
+come before the short ones of these, as many stripes as are done while one works on the longest tile: nobody begins it last.
 """
 
 import dataclasses
@@ -105,8 +106,8 @@ class Grid:
 
   @property
   def turns(self) -> int:
-    """After so many tiles along B, a place for sums is used again: those of the tail have places of their own."""
-    return self.tail * self.cluster
+    """After so many tiles along B, a place for sums is used again: what is visited together has places of its own."""
+    return min(self.across, max(self.tail, self.t.grid_width)) * self.cluster
 
   @property
   def counters(self) -> int:
@@ -195,14 +196,17 @@ class Tiles:
     groups = self.live * launch.tiles_of_list
     split = lax.div(item, groups * across) if split_k > 1 else 0
     item = item - split * (groups * across)
-    # All tiles of the first stripes, long ones of the last stripes, all others of these.
+    # All tiles of the first stripes, then long ones of the last stripes, then all others of these.
     first, heavy = across - self.tail, self.heavy
     late, burst = item - first * groups, self.tail * heavy
-    light = late >= burst
-    size = jnp.where(late < 0, groups, jnp.where(light, groups - heavy, heavy))
-    inside = jnp.where(late < 0, item, jnp.where(light, late - burst, late))
-    at = rem(inside, size) + jnp.where(light, heavy, 0)
-    b = div(inside, size) + jnp.where(late < 0, 0, first)
+    early, light = late < 0, late >= burst
+    size = jnp.where(early, groups, jnp.where(light, groups - heavy, heavy))
+    item = jnp.where(early, item, jnp.where(light, late - burst, late))
+    stripe = div(item, size * self.t.grid_width) * self.t.grid_width
+    width = jnp.minimum(self.t.grid_width, jnp.where(early, first, self.tail) - stripe)
+    item = item - stripe * size
+    at = div(item, width) + jnp.where(light, heavy, 0)
+    b = stripe + rem(item, width) + jnp.where(early, 0, first)
     if launch.cluster > 1:
       b = b * launch.cluster + lax.axis_index("member")
     part = _plan.HEADER + div(at, launch.tiles_of_list) * _plan.PART
