@@ -106,8 +106,8 @@ class Grid:
 
   @property
   def turns(self) -> int:
-    """After so many tiles along B, a place for sums is used again: what is visited together has places of its own."""
-    return min(self.across, max(self.tail, self.t.grid_width)) * self.cluster
+    """After so many tiles along B, a place for sums is used again: those of the tail have places of their own."""
+    return self.tail * self.cluster
 
   @property
   def counters(self) -> int:
@@ -202,11 +202,9 @@ class Tiles:
     early, light = late < 0, late >= burst
     size = jnp.where(early, groups, jnp.where(light, groups - heavy, heavy))
     item = jnp.where(early, item, jnp.where(light, late - burst, late))
-    stripe = div(item, size * self.t.grid_width) * self.t.grid_width
-    width = jnp.minimum(self.t.grid_width, jnp.where(early, first, self.tail) - stripe)
-    item = item - stripe * size
-    at = div(item, width) + jnp.where(light, heavy, 0)
-    b = stripe + rem(item, width) + jnp.where(early, 0, first)
+    b = div(item, size)  # the only division: it takes its time in every tile
+    at = item - b * size + jnp.where(light, heavy, 0)
+    b = b + jnp.where(early, 0, first)
     if launch.cluster > 1:
       b = b * launch.cluster + lax.axis_index("member")
     part = _plan.HEADER + div(at, launch.tiles_of_list) * _plan.PART

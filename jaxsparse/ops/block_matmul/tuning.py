@@ -20,8 +20,7 @@ class Tuning:
     tile_b: rows of x to a tile; a multiple of 8, at most 256.
     stages: pipeline steps in shared memory.
     split_k: parts of every list of blocks that are computed apart and then added.
-    grid_width: tiles along B, or clusters of them, that are visited for all block columns before the next ones.
-    tail: long tiles of the last so many tiles along B may be visited before their short ones.
+    tail: of at most so many tiles along B, the last ones, the long tiles are visited before the others.
     cluster: tiles along B that are computed side by side and share what is loaded of w: 1, 2 or 4.
     epilogue_n: rows of x stored at a time; 0 for a default.
     epilogue_slots: stores in flight for each warpgroup.
@@ -33,7 +32,6 @@ class Tuning:
   tile_b: int
   stages: int = 4
   split_k: int = 1
-  grid_width: int = 1
   tail: int = 8
   cluster: int = 1
   epilogue_n: int = 0
@@ -46,10 +44,8 @@ class Tuning:
       object.__setattr__(self, "epilogue_n", _epilogue_n(self.tile_b))
     if self.epilogue_n % 8 or self.epilogue_n < 8:
       raise ValueError(f"{self} needs epilogue_n to be a positive multiple of 8.")
-    if min(self.stages, self.split_k, self.grid_width, self.tail, self.epilogue_slots) < 1 or self.stages > 32:
-      raise ValueError(
-        f"{self} needs stages in [1, 32], and split_k, grid_width, tail and epilogue_slots of at least 1."
-      )
+    if min(self.stages, self.split_k, self.tail, self.epilogue_slots) < 1 or self.stages > 32:
+      raise ValueError(f"{self} needs stages in [1, 32], and split_k, tail and epilogue_slots of at least 1.")
     if self.cluster not in (1, 2, 4):
       raise ValueError(f"{self} needs a cluster of 1, 2 or 4.")
     if self.shared_bytes() > SHARED_BYTES:
