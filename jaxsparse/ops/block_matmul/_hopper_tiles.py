@@ -1,7 +1,8 @@
 """Which tile of the block-sparse matmul a block of threads works on next, and where parts of a list leave their sums.
 
 Blocks of threads persist and take their tiles from a counter, in the order of the plan: stripes along B, in each of which
-all parts of lists come, longest first. What runs at a time then shares x in the L2 cache, and short tiles come last.
+all parts of lists come, longest first. What runs at a time then shares x in the L2 cache. The long tiles of the last stripes
+come before the short ones of these, as many stripes as are done while one works on the longest tile: nobody begins it last.
 """
 
 import dataclasses
@@ -191,14 +192,15 @@ class Tiles:
   def tile_of(self, item) -> Tile:
     launch, across = self.launch, self.launch.across
     groups = self.live * launch.tiles_of_list
-    # All tiles of the first stripes, long ones of the last stripes, all others of these.
+    # All tiles of the first stripes, then long ones of the last stripes, then all others of these.
     first, heavy = across - self.tail, self.heavy
     late, burst = item - first * groups, self.tail * heavy
-    light = late >= burst
-    size = jnp.where(late < 0, groups, jnp.where(light, groups - heavy, heavy))
-    inside = jnp.where(late < 0, item, jnp.where(light, late - burst, late))
-    at = rem(inside, size) + jnp.where(light, heavy, 0)
-    b = div(inside, size) + jnp.where(late < 0, 0, first)
+    early, light = late < 0, late >= burst
+    size = jnp.where(early, groups, jnp.where(light, groups - heavy, heavy))
+    item = jnp.where(early, item, jnp.where(light, late - burst, late))
+    b = div(item, size)  # the only division: it takes its time in every tile
+    at = item - b * size + jnp.where(light, heavy, 0)
+    b = b + jnp.where(early, 0, first)
     if launch.cluster > 1:
       b = b * launch.cluster + lax.axis_index("member")
     part = _plan.HEADER + div(at, launch.tiles_of_list) * _plan.PART

@@ -22,7 +22,7 @@ class Tuning:
     step: of the sum, to a pipeline step: 64, or 32 for blocks of 32.
     split_k: blocks of threads, in a cluster, that share every list of blocks (`_hopper_once`): 1, 2, 4 or 8.
     once: a block of threads works on one tile, or its share of one, and another one on the next.
-    tail: at most so many tiles along B are visited together at the end.
+    tail: of at most so many tiles along B, the last ones, the long tiles are visited before the others.
     cluster: tiles along B that are computed side by side and share what is loaded of w: 1, 2 or 4.
     epilogue_n: rows of x stored at a time; 0 for a default.
     epilogue_slots: stores in flight for each warpgroup.
