@@ -228,7 +228,7 @@ def test_some_rows_get_what_was_measured_to_be_fastest():
 
 
 @needs_pallas
-def test_lists_that_are_known_to_be_cut_get_tiles_from_a_counter():
+def test_lists_that_are_known_to_be_uneven_get_tiles_from_a_counter():
   """Such tiles alone know parts of lists; positions that are traced are not looked at."""
   mask = np.arange(64 * 8).reshape(64, 8) % 8 == 0  # one full column
   for skewed, once in ((False, True), (True, False)):
@@ -244,7 +244,7 @@ def test_tunings():
     for outputs in (128, 4096, 28672):
       t = tuning.best_tuning(batch, outputs, 6.4, 128, 128)
       assert t.shared_bytes() <= tuning.SHARED_BYTES and t.tile_b <= 256
-      cut = tuning.best_tuning(batch, outputs, 6.4, 128, 128, cut=True)
+      cut = tuning.best_tuning(batch, outputs, 6.4, 128, 128, longest=20)
       assert not cut.once and cut.split_k == 1 and cut.tile_b <= t.tile_b
   assert not tuning.best_tuning(8192, 8192, 6.4, 128, 128).once
   for bad, message in (

@@ -27,6 +27,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _dispatch
@@ -128,9 +129,12 @@ def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tuni
   share = 1 - (1 - min(w.density, 1)) ** max(1, tunings.TILE // size)
   blocks = share * w.grid[1 if transposed else 0]
   outputs = w.shape[0] if transposed else w.shape[1]
-  plan = None if not w.static else _plan.plans_of(w).transposed if transposed else _plan.plans_of(w).forward
-  cut = plan is not None and bool(plan.parts[0] > plan.starts.size - 1)
-  return tunings.best_tuning(batch, outputs, blocks, depth, size, cut)
+  longest = None
+  if w.static:
+    plans = _plan.plans_of(w)
+    lengths = np.diff((plans.transposed if transposed else plans.forward).starts)
+    longest = int(lengths.max(initial=0))
+  return tunings.best_tuning(batch, outputs, blocks, depth, size, longest)
 
 
 def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):

@@ -9,6 +9,7 @@ _SMS = 132
 _SOME_ROWS = 1024  # of x: up to here, all tiles run at once if they fill the multiprocessors so many times or less;
 _ROUNDS_AT_ONCE = 2
 _IDLE = 0.5  # beyond, if half of the multiprocessors would be idle
+_LONG = 1536  # rows of the sum, from which on a list that is longer than the others is better cut
 TILE = 128  # of the result, along its blocks: 64 for each of the two warpgroups that multiply
 
 
@@ -84,7 +85,7 @@ def takes_few_rows(batch: int, outputs: int, side: int, density: float) -> bool:
   return batch <= 64 or batch <= 128 and (density > 0.03 or outputs <= _SMS * min(64, side))
 
 
-def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int, cut: bool = False) -> Tuning:
+def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int, longest: int | None = None) -> Tuning:
   """Tiles for `batch` rows of x.
 
   Args:
@@ -93,14 +94,16 @@ def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int, 
     blocks: entries of the list of a tile, on average.
     depth: of a block along the sum.
     size: of a block along the result.
-    cut: whether the plan is known to have long lists in parts.
+    longest: entries of the longest list; None where that is not known.
   """
   steps = blocks * max(1, depth // 64)
   lists = -(-outputs // TILE)
   rounds = lists * -(-batch // 256) / _SMS
   if rounds <= (_ROUNDS_AT_ONCE if batch <= _SOME_ROWS else _IDLE):
     t = _at_once(batch, lists, steps, depth, size)
-    return Tuning(t.tile_b, _stages(t.tile_b)) if cut else t  # tiles from a counter know parts of lists
+    if longest is not None and longest > 3 * blocks and longest * depth >= _LONG:
+      return Tuning(t.tile_b, _stages(t.tile_b))  # tiles from a counter know parts of lists
+    return t
   tile_b = min(256, -(-batch // 8) * 8)
   if 256 < batch < 1024 and 0 < batch % 256 <= 128:
     # A last tile that is nearly empty costs as much as a full one.
