@@ -189,6 +189,35 @@ def store_f32(address, offset: int, value):
   inline_ptx(f"st.shared.f32 [$0 + {offset}], $1;", [address, value], "r,f")
 
 
+def cluster_rank():
+  """Index of this block of threads in its cluster, i32."""
+  return inline_ptx("mov.u32 $0, %cluster_ctarank;", [], "=r", ir.IntegerType.get_signless(32))
+
+
+def cluster_barrier():
+  """All threads of the cluster have come here or left, and see what the others wrote to shared memory before."""
+  inline_ptx("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", [], "~{memory}")
+
+
+def send_f32x4(address, member: int, values, stride: int):
+  """Stores f32 by fours to another block of the cluster, `stride` bytes apart, from where `address` is here (i32) on."""
+  i32 = ir.IntegerType.get_signless(32)
+  remote = inline_ptx(f"mapa.shared::cluster.u32 $0, $1, {member};", [address], "=r,r", i32)
+  for i in range(0, len(values), 4):
+    ptx = f"st.shared::cluster.v4.f32 [$0 + {i // 4 * stride}], {{$1, $2, $3, $4}};"
+    inline_ptx(ptx, [remote, *values[i : i + 4]], "r,f,f,f,f,~{memory}")
+
+
+def load_shared_f32x4(address, offset: int, count: int, stride: int):
+  """Loads `count` times four f32 from shared memory, `stride` bytes apart."""
+  f32, found = ir.F32Type.get(), []
+  for i in range(count):
+    ptx = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset + i * stride}];"
+    result = inline_ptx(ptx, [address], "=f,=f,=f,=f,r,~{memory}", llvm.StructType.get_literal([f32] * 4))
+    found += [llvm.extractvalue(f32, result, [j]) for j in range(4)]
+  return found
+
+
 def accumulator_registers(accumulator):
   """Fences an f32 accumulator against wgmma; returns its registers, one f32 each, as an array [rows / 64, columns / 2].
 
@@ -318,23 +347,39 @@ def add_from_global(sums, address, at_once: int):
   return accumulator(values, sums.shape)
 
 
-def signal(flag, value, predicate):
-  """Stores an i32 in device memory, after all that this thread knows to be written or read there.
+def signal(flag, predicate):
+  """Adds 1 to an i32 in device memory, after all that this thread knows to be written or read there.
 
   Args:
     flag: byte address, i64.
-    value: i32.
     predicate: i1, which thread.
   """
   told = arith.extui(ir.IntegerType.get_signless(32), predicate)
-  store = "setp.ne.u32 p, $2, 0; @p st.release.gpu.global.u32 [$0], $1;"
-  inline_ptx("{ .reg .pred p; " + store + " }", [flag, value, told], "l,r,r")
+  add = "setp.ne.u32 p, $1, 0; @p red.release.gpu.global.add.u32 [$0], 1;"
+  inline_ptx("{ .reg .pred p; " + add + " }", [flag, told], "l,r")
 
 
 def await_signal(flag, value):
-  """Waits until an i32 at a byte address (i64) in device memory is `value`."""
-  loop = "WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.ne.u32 p, v, $1; @p bra WAIT;"
+  """Waits until an i32 at a byte address (i64) in device memory, which only grows, is `value`."""
+  loop = "WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.lt.u32 p, v, $1; @p bra WAIT;"
   inline_ptx("{ .reg .pred p; .reg .u32 v; " + loop + " }", [flag, value], "l,r")
+
+
+def comes_second(flag, value):
+  """Whether another warpgroup was here before this one, as an i32 that its threads agree on; they meet.
+
+  Waits until an i32 at a byte address (i64) in device memory is `value`, and adds 1: who comes next finds more than that.
+  """
+  told = arith.extui(ir.IntegerType.get_signless(32), is_thread(0))
+  barrier = arith.addi(arith.shrui(thread_index(), const32(7)), const32(1))  # that of `warpgroup_barrier`
+  ptx = (
+    "{ .reg .pred one, more, any; .reg .u32 v; setp.eq.u32 one, $3, 0; mov.u32 v, $2; @one bra MET; "
+    "WAIT: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 more, v, $2; @more bra WAIT; "
+    "atom.acq_rel.gpu.global.add.u32 v, [$1], 1; "
+    "MET: bar.warp.sync 0xffffffff; setp.ne.u32 more, v, $2; "
+    f"barrier.cta.red.or.pred any, $4, {WARPGROUP}, more; selp.u32 $0, 1, 0, any; }}"
+  )
+  return inline_ptx(ptx, [flag, value, told, barrier], "=r,l,r,r,r", ir.IntegerType.get_signless(32))
 
 
 def warpgroup_barrier():

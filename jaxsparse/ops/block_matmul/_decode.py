@@ -21,7 +21,6 @@ from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _plan
 
-MAX_BATCH = 64
 _SMS = 132
 _SHARED_BYTES = 228 * 1024  # of a multiprocessor; each block of threads needs so much beside what is counted here:
 _RESERVED_BYTES = 1024 + 1024 + 128  # CUDA's own, barriers, and a static byte that the backend declares
@@ -106,7 +105,9 @@ def best_tuning(batch: int, w: _block_array.BlockArray) -> Tuning:
   """Fills the multiprocessors' shared memory: with as many strips as there are, or as registers allow."""
   strip = 64 if min(w.block_shape) >= 64 else 32
   strips, columns = w.shape[1] // strip, -(-batch // 8) * 8
-  split = 2 if strips <= _SMS and w.density >= _WORTH_A_CLUSTER else 1
+  # Beyond 64 rows, sums of strips of 32 would take the room of pipeline steps.
+  meet = w.density >= _WORTH_A_CLUSTER and columns * (64 // strip) <= 128
+  split = 2 if strips <= _SMS and meet else 1
   sums = 64 // strip * columns // 2
   # What the compiler takes, and a little more.
   resident = int(_REGISTERS / (_THREADS * (28 + (1.8 if strip == 64 else 1.35) * sums)))
@@ -129,7 +130,7 @@ def block_matmul_decode(
   """`x @ w` for few rows of x; accumulates in float32. Equal arguments give equal bits.
 
   Args:
-    x: `[B, K]`, bfloat16 or float16, B in [1, 64].
+    x: `[B, K]`, bfloat16 or float16, B in [1, 128].
     w: `[K, O]`, blocks of x's dtype with sides of 32, 64, 128 or 256, in a `BlockArray`'s order.
     heads: of `_plan.plans_of(w)`.
     out_dtype: bfloat16, float16 or float32; x's dtype by default.

@@ -10,27 +10,31 @@ covers, one may be absent; w then goes through registers, where the half of it i
 Blocks of threads persist and take their tiles from a counter, as late as hides the time that this takes, so that nobody
 holds a tile that another one could begin. Tiles come in stripes along B, longest first, so that what runs at a time shares
 x in the L2 cache. A tile whose list is far longer than the others walks slowly, shares no x with them, and would
-read it from memory by itself: such lists are cut (`_plan`), their parts leave float32 sums in memory, and the last part adds
-them, always in the same order. Lengths, positions and order are read from memory: masks change without compiling. The copy
-engine fills what lies outside of x with zeros and drops what is stored outside, so B may be ragged.
+read it from memory by itself: such lists are cut (`_plan`). Their parts meet two by two: the first to come leaves float32
+sums in memory, the second adds them, which gives the same bits in either order. Lengths, positions and order are read
+from memory: masks change without compiling. The copy engine fills what lies outside of x with zeros and drops what is
+stored outside, so B may be ragged. A few hundred rows of x leave most multiprocessors without such a tile: `_hopper_once` cuts
+them lower and runs all of them at once.
 
 What bounds it at 8192 x 8192 x 8192 (counters, and runs with parts left out). Blocks of 128 and 64 at densities from 0.1: what
 comes through the L2 cache, 8 to 9 TB/s. Blocks of 128 at 0.05: device memory, of which the kernel moves 282 MB at 2.5 TB/s, 268
 being x and y; without its products it is no faster, without its stores it takes 0.78 of the time. What did not help:
 staging y in slots of the pipeline so that no tile waits for stores, bringing x to the L2 cache ahead (it reads more from
-memory), three pipeline steps, cutting lists at twice the mean, taking tiles earlier (5 to 20 % slower).
+memory), three pipeline steps, taking tiles earlier (5 to 20 % slower).
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _decode
 from jaxsparse.ops.block_matmul import _hopper_body as body
+from jaxsparse.ops.block_matmul import _hopper_once as once
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import tuning as tunings
 from jaxsparse.ops.block_matmul._hopper_tiles import WARPGROUPS
@@ -83,7 +87,7 @@ def block_matmul_hopper(
     w: `[K, O]`, blocks of x's dtype with sides of 32, 64, 128 or 256.
     transposed: which product.
     out_dtype: bfloat16, float16 or float32; x's dtype by default.
-    tuning: a `tuning.Tuning`; chosen from the shape by default: then `x @ w` for at most 64 rows is `_decode`'s.
+    tuning: a `tuning.Tuning`; chosen from the shape by default: then `x @ w` for few rows is `_decode`'s.
     interpret: a `_mosaic_gpu.Interpret` to run on a CPU with a plain dot in place of the tensor cores.
 
   Returns:
@@ -99,18 +103,23 @@ def block_matmul_hopper(
     raise ValueError(reason)
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
   plans = _plan.plans_of(w)
-  if tuning is None and not transposed and x.shape[0] <= _decode.MAX_BATCH and plans.heads is not None:
+  few_rows = tunings.takes_few_rows(x.shape[0], w.shape[1], min(w.block_shape), w.density)
+  if tuning is None and not transposed and few_rows and plans.heads is not None:
     return _decode.block_matmul_decode(x, w, plans.heads, out_dtype=out_dtype, interpret=interpret)
   plan = plans.transposed if transposed else plans.forward
   outputs = w.shape[0] if transposed else w.shape[1]
   if tuning is None:
     tuning = tuning_for(x.shape[0], w, transposed)
-  parts_dtype = out_dtype if tuning.split_k == 1 else jnp.dtype(jnp.float32)
-  run, launch = _build(tuning, x, w, plan, outputs, transposed, parts_dtype, interpret)
+  # The interpreter knows no clusters: there, what they add up is added here.
+  apart = interpret is not None and tuning.split_k > 1
+  stored = jnp.dtype(jnp.float32) if apart else out_dtype
+  run, launch = _build(tuning, x, w, plan, outputs, transposed, stored, interpret)
   lists = [jnp.asarray(a) for a in (plan.minor, plan.slots, plan.parts, plan.units)]
+  if tuning.once:
+    y = run(x, w.blocks, *lists, jnp.asarray(plan.whole))
+    return y.sum(0).astype(out_dtype) if apart else y
   counter = jax.new_ref(jnp.zeros((launch.counters,), jnp.int32))  # fresh zeros in every call
-  y, _ = run(x, w.blocks, *lists, counter)
-  return y if tuning.split_k == 1 else y.sum(0).astype(out_dtype)  # parts in a fixed order: the same bits every time
+  return run(x, w.blocks, *lists, counter)[0]
 
 
 def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tunings.Tuning:
@@ -120,22 +129,29 @@ def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tuni
   share = 1 - (1 - min(w.density, 1)) ** max(1, tunings.TILE // size)
   blocks = share * w.grid[1 if transposed else 0]
   outputs = w.shape[0] if transposed else w.shape[1]
-  return tunings.best_tuning(batch, outputs, blocks, depth, size)
+  longest = None
+  if w.static:
+    plans = _plan.plans_of(w)
+    lengths = np.diff((plans.transposed if transposed else plans.forward).starts)
+    longest = int(lengths.max(initial=0))
+  return tunings.best_tuning(batch, outputs, blocks, depth, size, longest)
 
 
 def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):
   """The kernel for these shapes, and what is static in it.
 
-  The kernel takes x, blocks, a plan and counters, and gives `[B, outputs]`, or `[split_k, B, outputs]` parts, and sums of
-  parts of lists.
+  The kernel takes x, blocks, a plan and counters, and gives `[B, outputs]` and sums of parts of lists. With `t.once` it takes
+  whole lists in place of counters and gives `[B, outputs]`, which the interpreter leaves as `[split_k, B, outputs]`.
   """
   plgpu = mg.plgpu
   (batch, _), (capacity, bk, bo) = x.shape, w.blocks.shape
   if out_dtype.itemsize == 4:  # the same shared memory for twice the bytes
     t = dataclasses.replace(t, epilogue_n=max(8, t.epilogue_n // 16 * 8))
   depth, size = (bo, bk) if transposed else (bk, bo)  # of a block: along the sum, along the result
+  if t.step < min(depth, 64):
+    raise ValueError(f"{t} has steps of {t.step}; blocks of {bk}x{bo} need 64.")
   lists = plan.starts.shape[0] - 1
-  launch = body.Launch(
+  launch = (once.Launch if t.once else body.Launch)(
     t=t,
     batch=batch,
     lists=lists,
@@ -153,17 +169,20 @@ def _build(t, x, w, plan, outputs, transposed, out_dtype, interpret):
     interpret=interpret,
   )
 
-  def kernel(x, w, minor, slots, parts, units, counter, out, sums, **smem):
-    refs = dict(x=x, w=w, minor=minor, slots=slots, parts=parts, units=units, counter=counter, out=out, sums=sums)
-    work = body.Body(launch, refs, smem)
+  names = ["x", "w", "minor", "slots", "parts", "units", *(("whole", "out") if t.once else ("counter", "out", "sums"))]
+
+  def kernel(*refs, **smem):
+    work = (once.Body if t.once else body.Body)(launch, dict(zip(names, refs, strict=True)), smem)
     registers = (_LOADER_REGISTERS, _COMPUTE_REGISTERS) if interpret is None else None
     mg.split_roles(work.warpgroup, WARPGROUPS, work.load_tiles, work.multiply_tiles, registers)
 
-  y = jax.ShapeDtypeStruct(((t.split_k,) if t.split_k > 1 else ()) + (batch, outputs), out_dtype)
-  clusters = dict(cluster=(launch.cluster,), cluster_names=("member",)) if launch.cluster > 1 else {}
+  apart = (t.split_k,) if interpret is not None and t.split_k > 1 else ()
+  y = jax.ShapeDtypeStruct((*apart, batch, outputs), out_dtype)
+  members = launch.cluster if interpret is not None else launch.cluster * t.split_k  # one of them is 1
+  clusters = dict(cluster=(members,), cluster_names=("member",)) if members > 1 else {}
   run = plgpu.kernel(
     kernel,
-    out_type=(y, jax.ShapeDtypeStruct(launch.sums, jnp.float32)),
+    out_type=y if t.once else (y, jax.ShapeDtypeStruct(launch.sums, jnp.float32)),
     grid=(launch.threads,),
     grid_names=("block",),
     **clusters,

@@ -6,7 +6,7 @@ from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.nm_matmul import _hopper_device as nm_device
 
 ROWS = 64  # outputs of a warpgroup: what one wgmma covers
-_AT_ONCE = 8  # loads of four sums that a thread has in flight: beside the accumulator there are registers for so many
+_AT_ONCE = 12  # loads of four sums that a thread has in flight: beside the accumulator there are registers for so many
 
 
 def fetch(cluster):
@@ -60,6 +60,42 @@ def product_in_halves(tile_b, step, transposed, swizzle, transforms, dtype):
   return of_present
 
 
+def exchange(tile_b, split, transforms):
+  """`(accumulator, inbox)`: adds up the accumulators of a cluster; member m gets slice m of `split` slices along B.
+
+  The inbox is shared memory that nobody uses any more when both warpgroups of all members have come here.
+  """
+  plgpu = mg.plgpu
+  share = tile_b // split
+  fours = share // 8  # of a thread, 16 bytes each, in a slice
+  bytes_of_share = fours * 16 * mg.WARPGROUP
+
+  def meet(_, accumulator, inbox):
+    warpgroup = mg.arith.divui(mg.thread_index(), mg.const32(mg.WARPGROUP))
+    thread = mg.arith.remui(mg.thread_index(), mg.const32(mg.WARPGROUP))
+    scaled = lambda a, factor: mg.arith.muli(a, mg.const32(factor))
+    base = mg.arith.addi(mg.shared_address(inbox), scaled(warpgroup, split * bytes_of_share))
+    base = mg.arith.addi(base, scaled(thread, 16))
+    place = mg.arith.addi(base, scaled(mg.cluster_rank(), bytes_of_share))
+    mg.cluster_barrier()  # from here on, nobody's tensor cores read what sums are sent to
+    registers = list(accumulator.registers.flat)
+    for member in range(split):
+      mine = registers[member * 2 * fours : (member + 1) * 2 * fours]
+      values = [mg.extract(register, i) for register in mine for i in range(2)]
+      mg.send_f32x4(place, member, values, 16 * mg.WARPGROUP)
+    mg.cluster_barrier()
+    sums = None
+    for sender in range(split):
+      values = mg.load_shared_f32x4(base, sender * bytes_of_share, fours, 16 * mg.WARPGROUP)
+      sums = values if sums is None else [mg.arith.addf(a, b) for a, b in zip(sums, values, strict=True)]
+    return mg.accumulator(sums, (ROWS, share))
+
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(transforms)),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, share), jnp.float32, layout=plgpu.Layout.WGMMA),
+  )(meet)
+
+
 def interpreted_product(w, x, transposed, present):
   """The same on a CPU, from the same slabs."""
   w = w.transpose(1, 0, 2) if transposed else w.transpose(0, 2, 1)
@@ -68,28 +104,39 @@ def interpreted_product(w, x, transposed, present):
   return jnp.dot(w, x.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
 
 
-def leave_sums():
-  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, leaves sums in device memory, sets it to turn + 1."""
+def comes_second():
+  """`(flag, turn)` -> 1 if another part of a list was here since the flag became `turn`, which is waited for; else 0."""
   plgpu = mg.plgpu
 
-  def leave(_, accumulator, flag, turn, sums):
-    _await(flag, turn)
-    nm_device.write_sums(accumulator, sums)
-    _pass(flag, turn)
+  def come(_, flag, turn):
+    second = mg.comes_second(mg.global_address(flag), turn.registers.item())
+    return turn.splat(second, (), turn.layout, is_signed=True)
 
-  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()))(
-    leave
-  )
+  scalar = plgpu.Layout.WG_SPLAT(())
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(), scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar)
+  )(come)
+
+
+def leave_sums():
+  """`(accumulator, flag, sums)`: leaves sums in device memory, and signals."""
+  plgpu = mg.plgpu
+
+  def leave(_, accumulator, flag, sums):
+    nm_device.write_sums(accumulator, sums)
+    _signal(flag)
+
+  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType()))(leave)
 
 
 def add_sums(tile_b):
-  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, adds what lies in device memory, sets it to turn + 1."""
+  """`(accumulator, flag, written, sums)`: waits until the flag is `written`, adds what lies in device memory, and signals."""
   plgpu = mg.plgpu
 
-  def add(_, accumulator, flag, turn, sums):
-    _await(flag, turn)
+  def add(_, accumulator, flag, written, sums):
+    mg.await_signal(mg.global_address(flag), written.registers.item())
     accumulator = mg.add_from_global(accumulator, nm_device.sums_address(sums), _AT_ONCE)
-    _pass(flag, turn)
+    _signal(flag)
     return accumulator
 
   return plgpu.inline_mgpu(
@@ -98,10 +145,6 @@ def add_sums(tile_b):
   )(add)
 
 
-def _await(flag, turn):
-  mg.await_signal(mg.global_address(flag), turn.registers.item())
-
-
-def _pass(flag, turn):
+def _signal(flag):
   mg.warpgroup_barrier()  # all threads have written, or read
-  mg.signal(mg.global_address(flag), mg.arith.addi(turn.registers.item(), mg.const32(1)), mg.is_thread(0))
+  mg.signal(mg.global_address(flag), mg.is_thread(0))

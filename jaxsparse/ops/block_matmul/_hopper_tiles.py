@@ -1,7 +1,8 @@
 """Which tile of the block-sparse matmul a block of threads works on next, and where parts of a list leave their sums.
 
 Blocks of threads persist and take their tiles from a counter, in the order of the plan: stripes along B, in each of which
-all parts of lists come, longest first. What runs at a time then shares x in the L2 cache, and short tiles come last.
+all parts of lists come, longest first. What runs at a time then shares x in the L2 cache. The long tiles of the last stripes
+come before the short ones of these, as many stripes as are done while one works on the longest tile: nobody begins it last.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from jaxsparse.ops.block_matmul import tuning as tunings
 from jaxsparse.ops.block_matmul._hopper_device import ROWS
 
 WARPGROUPS = 2  # that multiply
+WRITTEN = 3  # what is added to a flag until there are sums and somebody to add them
 _QUEUE = 4  # tiles that the loading warpgroup may be ahead of the others
 _AHEAD = 128  # of the sum are left to be loaded when the next tile is taken
-_STRIPES = 4  # that have places of their own for sums of parts: few, so that these stay in the L2 cache
 
 
 def div(a, b):
@@ -36,22 +37,21 @@ class Tile(NamedTuple):
   """One tile, or the part of one.
 
   Attributes:
-    split: which part of every list this is, of `split_k`.
     which: list.
     sub: which 128 outputs of the list.
     b: first row of x.
     begin, end: its entries.
-    partials: how many other parts of the list have to be added; -1: this one will be added to another one.
+    index, parts: which part of its list this is, of how many.
     place: of the first of their sums.
   """
 
-  split: Any
   which: Any
   sub: Any
   b: Any
   begin: Any
   end: Any
-  partials: Any
+  index: Any
+  parts: Any
   place: Any
 
 
@@ -89,18 +89,23 @@ class Grid:
   @property
   def threads(self) -> int:
     """Blocks of threads, or clusters of them."""
-    return min(self.lists * self.tiles_of_list * self.across * self.t.split_k, self.processors // self.cluster)
+    return min(self.lists * self.tiles_of_list * self.across, self.processors // self.cluster)
 
   @property
   def sums(self) -> tuple[int, int, int]:
     """Shape of what parts of lists leave behind, in float32."""
-    places = self.t.split_k * self.extra * self.turns * self.tiles_of_list
+    places = self.extra * self.turns * self.tiles_of_list
     return places, WARPGROUPS, ROWS * self.t.tile_b
 
   @property
+  def tail(self) -> int:
+    """At most so many tiles along B, or clusters of them, are visited together at the end."""
+    return min(self.across, max(1, self.t.tail // self.cluster))
+
+  @property
   def turns(self) -> int:
-    """After so many tiles along B, a place for sums is used again."""
-    return min(self.across, max(self.t.grid_width, _STRIPES)) * self.cluster
+    """After so many tiles along B, a place for sums is used again: those of the tail have places of their own."""
+    return self.tail * self.cluster
 
   @property
   def counters(self) -> int:
@@ -129,6 +134,9 @@ class Tiles:
     self.launch, self.t, self.refs, self.smem = launch, launch.t, refs, smem
     self.warpgroup = lax.axis_index("warpgroup")
     self.live = refs["parts"][0]
+    self.heavy = refs["parts"][1] * launch.tiles_of_list
+    at_once = launch.cluster * launch.tiles_of_list
+    self.tail = jnp.clip(div(refs["parts"][2] + at_once - 1, at_once), 1, launch.tail)
     # The first tiles are handed out by index, but not all clusters may run at once.
     self.base = 0 if launch.cluster > 1 else launch.threads
 
@@ -142,7 +150,7 @@ class Tiles:
 
     Who loads calls `publish` in between: it takes the next tile for all warpgroups.
     """
-    work = self.live * (self.launch.tiles_of_list * self.launch.across * self.t.split_k)
+    work = self.live * (self.launch.tiles_of_list * self.launch.across)
 
     def one(carry):
       i, item, count = carry
@@ -182,32 +190,31 @@ class Tiles:
     return item
 
   def tile_of(self, item) -> Tile:
-    launch, across, split_k = self.launch, self.launch.across, self.t.split_k
+    launch, across = self.launch, self.launch.across
     groups = self.live * launch.tiles_of_list
-    split = lax.div(item, groups * across) if split_k > 1 else 0
-    item = item - split * (groups * across)
-    width = min(self.t.grid_width, across)
-    stripe = lax.div(item, groups * width)
-    inside = item - stripe * groups * width
-    in_stripe = jnp.minimum(width, across - stripe * width)
-    at = lax.div(inside, in_stripe) if width > 1 else inside
-    b = stripe * width + (lax.rem(inside, in_stripe) if width > 1 else 0)
+    # All tiles of the first stripes, then long ones of the last stripes, then all others of these.
+    first, heavy = across - self.tail, self.heavy
+    late, burst = item - first * groups, self.tail * heavy
+    early, light = late < 0, late >= burst
+    size = jnp.where(early, groups, jnp.where(light, groups - heavy, heavy))
+    item = jnp.where(early, item, jnp.where(light, late - burst, late))
+    b = div(item, size)  # the only division: it takes its time in every tile
+    at = item - b * size + jnp.where(light, heavy, 0)
+    b = b + jnp.where(early, 0, first)
     if launch.cluster > 1:
       b = b * launch.cluster + lax.axis_index("member")
-    part = 1 + div(at, launch.tiles_of_list) * _plan.PART
-    which, begin, end, partials, place = (self.refs["parts"][part + j] for j in range(_plan.PART))
-    if split_k > 1:
-      begin, end = (begin + div((end - begin) * s, split_k) for s in (split, split + 1))
-    return Tile(split, which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, partials, place)
+    part = _plan.HEADER + div(at, launch.tiles_of_list) * _plan.PART
+    which, begin, end, index, parts, place = (self.refs["parts"][part + j] for j in range(_plan.PART))
+    return Tile(which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, index, parts, place)
 
-  def sums_of(self, at: Tile, part):
-    """Where part `part` of the list leaves its sums of this tile, the flag of that place, and what it is when it is free.
+  def sums_of(self, at: Tile, place):
+    """Where two parts meet: their sums, the flag, and what that is when the place is free.
 
-    Sums are there when the flag is one more, and added when it is two more. Whoever waits for it waits for parts that
-    were handed out earlier, so that somebody always goes on.
+    Both add 1 when they come, and 1 when they have written, or read. Whoever waits for it waits for parts that were
+    handed out earlier, so that somebody always goes on.
     """
     launch, b = self.launch, div(at.b, self.t.tile_b)
-    place = (at.split * launch.extra + at.place + part) * launch.turns + rem(b, launch.turns)
+    place = place * launch.turns + rem(b, launch.turns)
     index = place * launch.tiles_of_list + at.sub
     flag = self.refs["counter"].at[1 + index * WARPGROUPS + self.warpgroup]
-    return self.refs["sums"].at[index, self.warpgroup], flag, 2 * div(b, launch.turns)
+    return self.refs["sums"].at[index, self.warpgroup], flag, 4 * div(b, launch.turns)
