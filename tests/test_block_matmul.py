@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +96,6 @@ def test_shapes():
   want, want_t, want_s = all_products64(x, w, dy)
   assert relative_error(js.ops.block_matmul(x[0], w), want[0]) < 1e-6
   assert relative_error(js.ops.block_matmul(x.reshape(2, 3, -1), w), want.reshape(2, 3, -1)) < 1e-6
-  assert js.ops.block_matmul(x[:0], w).shape == (0, 8)
   assert relative_error(js.ops.sampled_matmul(x.reshape(2, 3, -1), dy.reshape(2, 3, -1), w), want_s) < 1e-6
   assert relative_error(jax.vmap(lambda x: js.ops.block_matmul(x, w))(x), want) < 1e-6
   other = dataclasses.replace(w, blocks=2 * w.blocks)
@@ -101,6 +104,48 @@ def test_shapes():
   _, scanned = jax.lax.scan(lambda c, layer: (c, js.ops.block_matmul(x, layer)), None, stacked)
   for got in (both, scanned):
     assert relative_error(got, np.stack([want, 2 * want])) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_no_rows(implementation):
+  """Products of nothing are empty, and sums of nothing 0."""
+  x, w, dy = case((4, 2), (3, 4), 0.5, 6)
+  y, dx, blocks = all_products(x[:0], w, dy[:0], implementation=implementation)
+  assert y.shape == (0, 8) and dx.shape == (0, 12) and blocks.shape == w.blocks.shape and not blocks.any()
+
+
+SHARDED = """
+import dataclasses, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+import jaxsparse as js
+from jaxsparse.ops.block_matmul import reference
+reference._CHUNK = 40  # a loop over blocks, whose sums vary with x
+rng = np.random.default_rng(0)
+dense, mask = jnp.asarray(rng.normal(size=(12, 8)), jnp.float32), rng.random((3, 4)) < 0.6
+x = jnp.asarray(rng.normal(size=(8, 12)), jnp.float32)
+mesh = jax.make_mesh((4,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+near = lambda a, b: jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), a, b)
+fan = js.FixedFanInArray.from_dense(dense, 3, js.selection.topk_mask(jnp.abs(dense), 3, axis=0))
+w = js.BlockArray.from_dense(dense, (4, 2), mask, capacity=10)
+masked = lambda x, w: js.ops.masked_block_matmul(x, w, mask, (4, 2), capacity=9)
+ops = [(lambda x, w, i=i: js.ops.block_matmul(x, w, implementation=i), v) for v in (w, w.freeze()) for i in ("xla", "dense")]
+for op, w in [*ops, (js.ops.fan_in_matmul, fan), (masked, dense)]:
+  trainable, fixed = js.arrays.partition(w)
+  loss = lambda f: lambda x, t: (f(x, js.arrays.combine(t, fixed)) ** 2).sum()
+  for check in (True, False):
+    split = jax.shard_map(op, mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"), check_vma=check)
+    run = jax.jit(jax.value_and_grad(loss(split), (0, 1)))
+    near(run(x, trainable), jax.value_and_grad(loss(op), (0, 1))(x, trainable))
+"""
+
+
+def test_sharded():
+  """Rows of x split over four devices by shard_map: gradients of the replicated weight are their sum."""
+  root = pathlib.Path(__file__).parents[1]
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+  env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 def test_strict_promotion():
@@ -206,9 +251,12 @@ def test_masked_block_matmul_overflows_to_dense():
     (dict(block_shape=(4,)), r"block_shape=\(4,\); two positive integers"),
     (dict(capacity=0), "capacity=0; a positive integer"),
     (dict(x=x[:, :3]), "the last axis of x must be 16"),
+    (dict(mask=None), "mask is a NoneType; a dense weight and a mask"),
+    (dict(w=js.BlockArray.from_dense(w, (4, 4))), "w is a BlockArray; a dense weight"),
+    (dict(x=x.astype(jnp.bfloat16)), "x is bfloat16, w float32; make them equal"),
   ):
     arguments = dict(x=x, w=w, mask=np.ones((4, 3)), block_shape=(4, 4), capacity=3) | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
       js.ops.masked_block_matmul(**arguments)
 
 
@@ -239,6 +287,9 @@ def test_compact(axis):
     js.ops.compact_matmul(x, w, np.ones(5, bool), axis=axis, capacity=2)
   with pytest.raises(ValueError, match="axis='columns'"):
     js.ops.compact_matmul(x, w, mask, axis="columns", capacity=2)
+  for a, b in ((x.astype(jnp.bfloat16), w), (x.astype(int), w.astype(int))):
+    with pytest.raises(TypeError, match=f"x is {a.dtype} and w {b.dtype}; one of bfloat16"):
+      js.ops.compact_matmul(a, b, mask, axis=axis, capacity=2)
 
 
 # -- Plans -------------------------------------------------------------------------------------------------------------
@@ -268,7 +319,6 @@ def test_plans(block, density):
             place = which if shared == 1 else plan.units[2 * which + j // own] * own + j % own
             assert (major[slot], minor[slot]) == (place, plan.minor[e])
     assert sorted(seen) == list(range(int(w.count)))
-    np.diff(plan.starts)
     check_parts(plan)
 
 
@@ -386,8 +436,11 @@ def test_errors():
     js.ops.block_matmul_transposed(x, w)
   with pytest.raises(TypeError, match="make them equal"):
     js.ops.block_matmul(x.astype(jnp.bfloat16), w)
-  with pytest.raises(TypeError, match="preferred_element_type=int8"):
-    js.ops.block_matmul(x, w, preferred_element_type=jnp.int8)
+  with pytest.raises(TypeError, match="block_matmul: x is int32; allowed are"):
+    js.ops.block_matmul(x.astype(int), w)
+  for bad in ("int8", "nothing"):
+    with pytest.raises(TypeError, match=f"block_matmul: preferred_element_type='?{bad}'?; allowed are bfloat16"):
+      js.ops.block_matmul(x, w, preferred_element_type=bad)
   with pytest.raises(ValueError, match=r"dy must be \(6, 8\)"):
     js.ops.sampled_matmul(x, dy[:3], w)
   with pytest.raises(TypeError, match="sampled_matmul: at is a ndarray; a BlockArray"):
