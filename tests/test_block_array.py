@@ -56,8 +56,9 @@ def test_capacity_and_padding():
   assert a.capacity == 15 and int(a.count) == mask.sum()
   assert np.all(np.asarray(a.cols)[mask.sum() :] == 5)
   np.testing.assert_array_equal(a.to_dense(), w)
-  with pytest.raises(ValueError, match="do not fit into capacity=1"):
-    js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=1)
+  for capacity in (1, int(mask.sum()) - 1):
+    with pytest.raises(ValueError, match=f"do not fit into capacity={capacity}; at least {mask.sum()}"):
+      js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=capacity)
   assert (
     js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=mask.sum()).capacity == mask.sum()
   )  # NumPy's int

@@ -18,9 +18,13 @@ from block_cases import limit
 from block_cases import relative_error
 
 import jaxsparse as js
+from jaxsparse.ops import _dispatch
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import api
 from jaxsparse.ops.block_matmul import arg_specs
+from jaxsparse.ops.block_matmul import choice as choices
+from jaxsparse.ops.block_matmul import preference
+from jaxsparse.ops.sampled_matmul import api as sampled_api
 
 PORTABLE = ("reference", "xla", "dense")
 
@@ -216,10 +220,12 @@ def test_padding_has_no_gradient():
 # -- Changing masks ----------------------------------------------------------------------------------------------------
 
 
-def test_one_compile_while_the_mask_changes():
+@pytest.mark.parametrize("implementation", ["xla", None])
+def test_one_compile_while_the_mask_changes(implementation):
   @jax.jit
   def step(x, w, dy):
-    y, pull = jax.vjp(lambda x, b: js.ops.block_matmul(x, dataclasses.replace(w, blocks=b)), x, w.blocks)
+    product = lambda x, b: js.ops.block_matmul(x, dataclasses.replace(w, blocks=b), implementation=implementation)
+    y, pull = jax.vjp(product, x, w.blocks)
     return y, *pull(dy)
 
   for seed in range(4):
@@ -409,6 +415,77 @@ def test_plan_puts_columns_with_common_rows_together():
   plan = js.ops.plan_blocks(w).plan.forward
   assert sorted(map(sorted, np.asarray(plan.units).reshape(-1, 2).tolist())) == [[0, 3], [1, 5], [2, 4]]
   assert np.diff(plan.starts).tolist() == [2, 2, 2]  # and not 4 of neighbours
+
+
+# -- Kernels under transformations -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+  """A device that says it is an H100, and kernels that run anywhere; the rows of x that each of them gets."""
+  from jaxsparse.ops import _mosaic_gpu
+  from jaxsparse.ops.block_matmul import _hopper
+  from jaxsparse.ops.block_matmul import reference
+  from jaxsparse.ops.sampled_matmul import _hopper as sampled_hopper
+  from jaxsparse.ops.sampled_matmul import reference as sampled_reference
+
+  rows = []
+
+  def product(x, w, *, transposed, out_dtype):
+    rows.append(("dx" if transposed else "fwd", x.shape[0]))
+    return reference.reference(x, w, transposed, out_dtype)
+
+  def sampled(x, dy, at, *, out_dtype):
+    rows.append(("dw", x.shape[0]))
+    return sampled_reference.reference(x, dy, at, out_dtype)
+
+  monkeypatch.setattr(_dispatch, "current_target", lambda: _dispatch.Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0)))
+  monkeypatch.setattr(_mosaic_gpu, "unavailable", lambda: None)
+  monkeypatch.setattr(_hopper, "block_matmul_hopper", product)
+  monkeypatch.setattr(sampled_hopper, "sampled_matmul_hopper", sampled)
+  for function in (api._run, sampled_api._run):
+    function.clear_cache()
+  yield rows
+  for function in (api._run, sampled_api._run):
+    function.clear_cache()
+
+
+def test_kernels_under_vmap(kernels):
+  """vmap over x alone is one product of more rows; over weights, and of sums over rows, a loop."""
+  x, w, dy = case((32, 32), (2, 3), 0.5, 6, jnp.bfloat16)
+  want, want_dx, want_dw = all_products64(x, w, dy)
+  product = lambda x, w: js.ops.block_matmul(x, w, implementation="hopper")
+  twice = jax.vmap(product, (0, None))(jnp.stack([x, 2 * x]), w)
+  # What is traced last is what runs.
+  assert kernels[-1] == ("fwd", 12) and relative_error(twice, np.stack([want, 2 * want])) < limit(jnp.bfloat16)
+  other = dataclasses.replace(w, blocks=2 * w.blocks)
+  stacked = jax.tree.map(lambda *a: jnp.stack(a), w, other)
+  for xs, axes in ((x, (None, 0)), (jnp.stack([x, x]), (0, 0))):
+    kernels.clear()
+    both = jax.vmap(product, axes)(xs, stacked)
+    assert set(kernels) <= {("fwd", 6)} and relative_error(both, np.stack([want, 2 * want])) < limit(jnp.bfloat16)
+  kernels.clear()
+  pull = lambda x, dy: jax.vjp(lambda x, b: product(x, dataclasses.replace(w, blocks=b)), x, w.blocks)[1](dy)
+  dx, dw = jax.vmap(pull)(jnp.stack([x, x]), jnp.stack([dy, 2 * dy]))
+  assert {("dw", 6), ("dx", 12)} <= set(kernels) and ("dw", 12) not in kernels
+  for got, one in ((dx, want_dx), (dw, want_dw)):
+    assert got.dtype == jnp.bfloat16 and relative_error(got, np.stack([one, 2 * one])) < limit(jnp.bfloat16)
+
+
+def test_each_product_goes_dense_by_itself(kernels, monkeypatch):
+  """The backward pass of a kernel takes the dense dot where that was faster, and the other way round."""
+  x, w, dy = case((32, 32), (2, 3), 0.5, 6, jnp.bfloat16)
+  for dense in ("fwd", "dx", "dw"):
+    limits = {"fwd": 1.0, "dx": 1.0, "dw": 1.0} | {dense: 0.1}
+    rows = [[64, 96, "32x32", 8, product, limit] for product, limit in limits.items()]
+    monkeypatch.setattr(preference, "measured", lambda rows=rows: {"device": "an H100", "rows": rows})
+    first = js.ops.which_block_matmul(x, w)
+    call = choices.call(first, "fwd", 6, w, None, jnp.bfloat16)
+    taken = {"fwd": call.fwd, "dx": call.dx, "dw": call.dw}
+    assert taken == {"fwd": "hopper", "dx": "hopper", "dw": "hopper"} | {dense: "dense"} and not call.strict
+  for batch, name in ((0, "xla"), (6, "hopper")):
+    monkeypatch.setattr(preference, "PORTABLE_BREAK_EVEN", 1.0)
+    assert choices.choose("fwd", batch, w.dtype, w, None, w.dtype).implementation == name
 
 
 # -- Which implementation, and errors ----------------------------------------------------------------------------------
