@@ -193,8 +193,10 @@ def test_gradients(implementation, static):
   for op, plain, operand, cotangent in pairs:
     got, want = (jax.vjp(f, operand, trainable)[1](cotangent) for f in (op, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
-  op = lambda x, dy: js.ops.sampled_matmul(x, dy, w, implementation=implementation)
-  got, want = (jax.vjp(f, x, dy)[1](g) for f in (op, plain_sampled))
+  op = lambda x, dy, b: js.ops.sampled_matmul(x, dy, dataclasses.replace(w, blocks=b), implementation=implementation)
+  *got, unread = jax.vjp(op, x, dy, w.blocks)[1](g)
+  want = list(jax.vjp(plain_sampled, x, dy)[1](g))
+  assert not unread.any()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
 
 
@@ -432,10 +434,12 @@ def kernels(monkeypatch):
   rows = []
 
   def product(x, w, *, transposed, out_dtype):
+    assert x.dtype == w.dtype, "kernels want one dtype"
     rows.append(("dx" if transposed else "fwd", x.shape[0]))
     return reference.reference(x, w, transposed, out_dtype)
 
   def sampled(x, dy, at, *, out_dtype):
+    assert x.dtype == dy.dtype == at.dtype, "kernels want one dtype"
     rows.append(("dw", x.shape[0]))
     return sampled_reference.reference(x, dy, at, out_dtype)
 
@@ -454,7 +458,9 @@ def test_kernels_under_vmap(kernels):
   """vmap over x alone is one product of more rows; over weights, and of sums over rows, a loop."""
   x, w, dy = case((32, 32), (2, 3), 0.5, 6, jnp.bfloat16)
   want, want_dx, want_dw = all_products64(x, w, dy)
-  product = lambda x, w: js.ops.block_matmul(x, w, implementation="hopper")
+  product = lambda x, w, **more: js.ops.block_matmul(x, w, implementation="hopper", **more)
+  wide = jax.vjp(lambda x: product(x, w, preferred_element_type=jnp.float32), x)[1](dy.astype(jnp.float32))[0]
+  assert wide.dtype == jnp.bfloat16 and relative_error(wide, want_dx) < limit(jnp.bfloat16)
   twice = jax.vmap(product, (0, None))(jnp.stack([x, 2 * x]), w)
   # What is traced last is what runs.
   assert kernels[-1] == ("fwd", 12) and relative_error(twice, np.stack([want, 2 * want])) < limit(jnp.bfloat16)
@@ -486,6 +492,21 @@ def test_each_product_goes_dense_by_itself(kernels, monkeypatch):
   for batch, name in ((0, "xla"), (6, "hopper")):
     monkeypatch.setattr(preference, "PORTABLE_BREAK_EVEN", 1.0)
     assert choices.choose("fwd", batch, w.dtype, w, None, w.dtype).implementation == name
+
+
+def test_break_even_is_that_of_the_nearest_measurement(monkeypatch):
+  """By product, narrower side of the blocks, shape and rows of x; up to and with that density kernels run."""
+  rows = [[64, 256, "32x32", 8, "fwd", 0.1], [64, 256, "128x128", 8, "fwd", 0.2], [64, 256, "32x32", 512, "fwd", 0.3],
+          [4096, 256, "32x32", 8, "fwd", 0.4], [64, 4096, "32x32", 8, "fwd", 0.5], [64, 256, "32x32", 8, "dw", 0.6]]  # fmt: skip
+  monkeypatch.setattr(preference, "measured", lambda: {"device": "an H100", "rows": rows})
+  limit = lambda block, grid, batch, product="fwd": preference.break_even(case(block, grid, 0.5, 1)[1], batch, product)[0]
+  assert limit((32, 128), (2, 2), 8) == limit((128, 32), (1, 8), 8) == limit((32, 32), (2, 8), 1) == 0.1
+  assert limit((128, 256), (1, 1), 8) == 0.2 and limit((32, 128), (2, 2), 400) == 0.3
+  assert limit((32, 32), (99, 8), 8) == 0.4 and limit((32, 32), (2, 99), 8) == 0.5
+  assert limit((32, 128), (2, 2), 8, "dw") == 0.6
+  w = case((32, 128), (2, 5), 1, 1, mask=[[1, 0, 0, 0, 0], [0] * 5])[1]
+  target = _dispatch.Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
+  assert w.density == 0.1 and preference.order(w, target, 8, "fwd")[0][0] == "hopper"
 
 
 # -- Which implementation, and errors ----------------------------------------------------------------------------------
