@@ -311,6 +311,8 @@ def test_plans(block, density):
   _, w, _ = case(block, grid, density, 1, extra=3)
   plans = js.ops.plan_blocks(w).plan
   jax.tree.map(np.testing.assert_array_equal, plans, _plan.plans_of(w.freeze()))
+  stale = dataclasses.replace(w, plan=jax.tree.map(lambda a: a + 1, plans))
+  jax.tree.map(np.testing.assert_array_equal, js.ops.plan_blocks(stale).plan, plans)
   n, rows, cols = w.capacity, np.asarray(w.rows), np.asarray(w.cols)
   for name, major, minor, size in (("forward", cols, rows, block[1]), ("transposed", rows, cols, block[0])):
     plan, shared, own = jax.tree.map(np.asarray, getattr(plans, name)), max(1, 128 // size), max(1, 64 // size)
