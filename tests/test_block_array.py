@@ -210,6 +210,8 @@ def test_compress():
   reasons = {leaf.name: leaf.reason for leaf in report.leaves}
   assert reasons["a"] == "" and "every block of 4x8" in reasons["full"] and "do not tile" in reasons["odd"]
   assert report.leaves[0].pattern == "4x8 blocks" and report.leaves[0].bytes_after == tree["a"].nbytes
+  empty = js.compress({"a": params["a"]}, {"a": np.zeros((12, 40), bool)}, structure=js.Block((4, 8)))["a"]
+  assert empty.capacity == 1 and int(empty.count) == 0 and not empty.to_dense().any()
   with pytest.raises(ValueError, match="no leaf can be stored as a block-sparse array"):
     js.compress({"full": params["full"]}, {"full": masks["full"]}, structure=js.Block((4, 8)))
   with pytest.raises(TypeError, match="is neither"):
