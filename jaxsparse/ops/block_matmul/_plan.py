@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.arrays import _block_array
-from jaxsparse.ops import _shard_map
 
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
@@ -205,7 +204,7 @@ def _matching(xp, used):
   mate = (
     functools.reduce(lambda mate, i: match(i, mate), range(_ROUNDS), np.full(n, n, np.int32))
     if xp is np
-    else jax.lax.fori_loop(0, _ROUNDS, match, _shard_map.like_operands(jnp.full(n, n, jnp.int32), used))
+    else (jax.lax.fori_loop(0, _ROUNDS, match, jnp.full(n, n, jnp.int32)))
   )
   left = mate == n
   order = xp.argsort(~left, stable=True)
