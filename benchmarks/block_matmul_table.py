@@ -17,11 +17,12 @@ import re
 
 from absl import app
 from absl import flags
+import block_matmul_plot
 
 _TRANSFORMER = flags.DEFINE_string("transformer", None, "What experiments/block_sparse_transformer.py wrote.")
 _DOCS = flags.DEFINE_list("docs", None, "Markdown files that get their tables.")
 _MEASURED = flags.DEFINE_string("measured", None, "Where the densities go at which dense wins, as JSON.")
-_PLOT = flags.DEFINE_string("plot", None, "Where a plot goes.")
+_PLOT = flags.DEFINE_string("plot", None, "Where a plot goes; a second one goes beside it, with _rows in its name.")
 
 BLOCKS = ("128x128", "64x64", "32x32")
 PRODUCTS = ("fwd", "dx", "dw")
@@ -133,12 +134,13 @@ def skewed(rows) -> str:
     random = found.get((k, o, batch, block, density, "random", product))
     if pattern == "skewed" and random:
       # Patterns differ in how many blocks they happen to keep.
-      lines[k, o, batch, product][block] = row["us"] / row["kept"] / (random["us"] / random["kept"])
+      lines[k, o, batch][product, block] = row["us"] / row["kept"] / (random["us"] / random["kept"])
   show = lambda v: "" if v is None else f"**{v:.2f}**" if v <= 1.2 else f"{v:.2f}"
+  columns = [(product, block) for product in PRODUCTS for block in BLOCKS]
   cells = [
-    [f"{b} x {k} x {o}", p, *(show(line.get(block)) for block in BLOCKS)] for (k, o, b, p), line in lines.items()
+    [f"{k} x {o}", batch, *(show(line.get(c)) for c in columns)] for (k, o, batch), line in sorted(lines.items())
   ]
-  return table(["B x K x O, density 0.1", "product", *BLOCKS], cells)
+  return table(["K x O", "rows", *(f"{p}, {b.split('x')[0]}" for p, b in columns)], cells)
 
 
 def decode(rows) -> str:
@@ -295,42 +297,9 @@ def measured(found) -> str:
 
 
 def plot(path, found) -> None:
-  """Ratio to dense over density, one panel a product and block, one line a shape and B; thin: the bound."""
-  from matplotlib import figure
-  from matplotlib import pyplot as plt
-
-  rows = [row for row in found["rows"] if row["pattern"] == "random"]
-  products = [p for p in PRODUCTS if any(row["product"] == p for row in rows)]
-  fig = figure.Figure(figsize=(3.6 * len(BLOCKS) + 2.5, 3 * len(products) + 0.5), layout="constrained")
-  axes = fig.subplots(len(products), len(BLOCKS), squeeze=False)
-  colors = {line: i for i, line in enumerate(sorted({(row["shape"], row["B"]) for row in rows}))}
-  for i, product in enumerate(products):
-    for j, block in enumerate(BLOCKS):
-      ax = axes[i][j]
-      for (shape, batch), color in colors.items():
-        mine = [r for r in rows if (r["product"], r["block"], r["shape"], r["B"]) == (product, block, shape, batch)]
-        mine.sort(key=lambda row: row["density"])
-        if mine:
-          x, color = [row["density"] for row in mine], plt.cm.tab20(color % 20)
-          ax.plot(x, [r["ratio"] for r in mine], marker=".", color=color, label=f"{shape}, B = {batch}")
-          ax.plot(x, [r.get("bound", math.nan) for r in mine], linewidth=0.6, color=color)
-      ax.axhline(1, color="black", linewidth=0.8)
-      ax.set_xscale("log")
-      ax.set_yscale("log")
-      ax.set_xticks([0.02, 0.05, 0.1, 0.25, 0.5, 1], ["0.02", "0.05", "0.1", "0.25", "0.5", "1"])
-      ax.set_yticks([1, 2, 5, 10, 20], ["1x", "2x", "5x", "10x", "20x"])
-      ax.set_ylim(0.6, 40)
-      ax.minorticks_off()
-      ax.set_title(f"{product}, {block}", fontsize=10)
-      ax.set_xlabel("density")
-    axes[i][0].set_ylabel("dense time / sparse time")
-  handles = {}
-  for ax in axes.flat:
-    handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
-  fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
-  where = f"{found['environment']['device']}, jax {found['environment']['jax']}"
-  fig.suptitle(f"Block-sparse products against XLA's dense bfloat16 dot ({where}); thin lines: bounds", fontsize=10)
-  fig.savefig(path, dpi=130)
+  """Two pictures: at `path`, and beside it."""
+  block_matmul_plot.goals(path, found, BLOCKS, GOAL_SHAPES, GOALS)
+  block_matmul_plot.rows_of_x(block_matmul_plot.beside(path), found, BLOCKS, _DECODE_EFFICIENCY)
 
 
 def main(argv):

@@ -6,6 +6,10 @@ Every block size, empty, full, ragged and skewed patterns, few rows, more tiles 
 three dtypes of the result; forward, transposed and sampled product, also as gradients. Errors are relative to float32
 products of NumPy of the same operands. Without a name each product takes what it takes by itself where the dense dot is no
 choice. The last lines are a table of times at 8192 x 8192 x 8192 beside the dense dot. Exits with 1 if anything is wrong.
+
+Nearly all of its time is compiling, in threads. What kernels derive from positions takes longer to compile than the three
+kernels (12 against 5 s of a processor with blocks of 32), so NumPy derives it, except for the weights with room for more blocks, for
+which the device does.
 """
 
 import concurrent.futures
@@ -27,6 +31,7 @@ import numpy as np
 import report
 
 import jaxsparse as js
+from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import preference
 
 _IMPLEMENTATION = flags.DEFINE_string(
@@ -57,8 +62,12 @@ def weight(k, o, block, density, *, seed=0, skew=False, extra=0, static=False, d
   pad = (0, capacity - rows.size)
   blocks = jnp.asarray(rng.standard_normal((capacity, *block), np.float32), dtype)
   rows, cols = np.pad(rows, pad).astype(np.int32), np.pad(cols, pad, constant_values=grid[1]).astype(np.int32)
-  w = js.BlockArray(blocks, jnp.asarray(rows), jnp.asarray(cols), shape=(k, o))
-  return w.freeze() if static else js.ops.plan_blocks(w)
+  w = js.BlockArray(blocks, rows, cols, shape=(k, o), static=True)
+  if static:
+    return w
+  if extra:
+    return js.ops.plan_blocks(w.thaw())
+  return dataclasses.replace(w.thaw(), plan=jax.tree.map(jnp.asarray, _plan.plans_of(w)))
 
 
 def products(x, dy, w, out, implementation):

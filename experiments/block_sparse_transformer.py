@@ -211,7 +211,8 @@ def prepare(
     run[name] = jax.jit(program, **kwargs).lower(*args).compile(_compiler_options())
     seconds[name] = time.perf_counter() - began
 
-  params = jax.tree.map(narrow, updater.forward_params(*carry[:2])["layers"][0], is_leaf=_is_block_array)
+  # As training sees it: inside jit weights carry their plan, which would else be derived in each pass.
+  params = jax.tree.map(narrow, jax.jit(updater.forward_params)(*carry[:2])["layers"][0], is_leaf=_is_block_array)
   x = jax.random.normal(jax.random.key(3), (_BATCH.value * _LENGTH.value, config.dim), jnp.bfloat16)
   run["mlp inputs"] = (params.gate_up, params.down), x, x[::-1]
   jobs = [("steps", steps, carry, text), ("mlp", _mlp_passes, *run["mlp inputs"])]

@@ -55,9 +55,11 @@ def test_capacity_and_padding():
   a = js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=15)
   assert a.capacity == 15 and int(a.count) == mask.sum()
   assert np.all(np.asarray(a.cols)[mask.sum() :] == 5)
+  assert not js.BlockArray.from_dense(jnp.ones(w.shape), (4, 8), mask, capacity=15).blocks[mask.sum() :].any()
   np.testing.assert_array_equal(a.to_dense(), w)
-  with pytest.raises(ValueError, match="do not fit into capacity=1"):
-    js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=1)
+  for capacity in (1, int(mask.sum()) - 1):
+    with pytest.raises(ValueError, match=f"do not fit into capacity={capacity}; at least {mask.sum()}"):
+      js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=capacity)
   assert (
     js.BlockArray.from_dense(jnp.asarray(w), (4, 8), mask, capacity=mask.sum()).capacity == mask.sum()
   )  # NumPy's int
@@ -75,8 +77,23 @@ def test_inside_jit():
     jax.tree.map(np.testing.assert_array_equal, inside, outside)
     dataclasses.replace(inside)  # checks the invariants
   assert build._cache_size() == 1
-  with pytest.raises(ValueError, match="say capacity="):
+  with pytest.raises(ValueError, match="say capacity=, .* NumPy array"):
     jax.jit(lambda w, mask: js.BlockArray.from_dense(w, (4, 8), mask))(w, keep)
+
+
+@pytest.mark.parametrize("capacity", [None, 9])
+def test_numpy_masks_are_known_inside_jit(capacity):
+  """No capacity is needed, and the static form can be made of them; lists will do."""
+  w, mask = case()
+  for given in (mask, np.kron(mask, np.ones((4, 8))), mask.tolist()):
+    for static in (False, True):
+      build = lambda w: js.BlockArray.from_dense(w, (4, 8), given, capacity=capacity, static=static)
+      a = jax.jit(build)(jnp.asarray(w))
+      assert a.static == static and a.capacity == (capacity or mask.sum())
+      np.testing.assert_array_equal(a.to_dense(), w)
+  like = build(jnp.asarray(w))
+  again = jax.jit(lambda b: js.BlockArray.from_blocks(b[::-1], like.rows[::-1], like.cols[::-1], w.shape, static=True))
+  np.testing.assert_array_equal(again(like.blocks).to_dense(), w)
 
 
 def test_from_blocks_sorts():
@@ -110,7 +127,13 @@ def test_from_blocks_sorts():
     (dict(blocks=jnp.ones((3, 5, 2))), r"shape \(8, 6\); blocks of 5x2 need two axes"),
     (dict(blocks=jnp.ones((4, 2))), r"blocks has shape \(4, 2\); allowed is \[N, bk, bo\]"),
     (dict(rows=[0, 1]), r"rows is int32\[2\]; int32 \[3\] is needed"),
-    (dict(shape=(8, 6, 1)), r"allowed is \(K, O\)"),
+    (dict(blocks=jnp.ones((2, 3, 4, 2))), r"Take stacked layers one at a time"),
+    (dict(shape=(8, 6, 1)), r"shape=\(8, 6, 1\); two integers \(K, O\)"),
+    (dict(shape=8), r"shape=8; two integers \(K, O\)"),
+    (dict(shape=(8.5, 6)), r"shape=\(8.5, 6\); two integers \(K, O\)"),
+    (dict(shape=(-8, 6)), r"shape \(-8, 6\); blocks of 4x2 need two axes"),
+    (dict(rows=np.array([0, 0.5, 0]), static=True), r"rows is float64\[3\]; int32 \[3\] is needed"),
+    (dict(rows=np.array([0, 2**32, 0]), static=True), r"rows is int64\[3\]; int32 \[3\] is needed"),
   ],
 )
 def test_bad_arrays(change, message):
@@ -171,7 +194,7 @@ def test_tree():
   assert trainable["w"].rows is None and fixed["w"].blocks is None
   jax.tree.map(np.testing.assert_array_equal, js.arrays.combine(trainable, fixed), {"w": a})
   assert "BlockArray" in repr(jax.tree.structure(a).unflatten([object()] * 3))
-  assert a.nbytes == a.blocks.nbytes + 4 * (a.capacity + 6)
+  assert a.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(a))
   assert a.astype(jnp.bfloat16).dtype == jnp.bfloat16
   assert a.density == a.capacity / 15
 
@@ -187,6 +210,8 @@ def test_compress():
   reasons = {leaf.name: leaf.reason for leaf in report.leaves}
   assert reasons["a"] == "" and "every block of 4x8" in reasons["full"] and "do not tile" in reasons["odd"]
   assert report.leaves[0].pattern == "4x8 blocks" and report.leaves[0].bytes_after == tree["a"].nbytes
+  empty = js.compress({"a": params["a"]}, {"a": np.zeros((12, 40), bool)}, structure=js.Block((4, 8)))["a"]
+  assert empty.capacity == 1 and int(empty.count) == 0 and not empty.to_dense().any()
   with pytest.raises(ValueError, match="no leaf can be stored as a block-sparse array"):
     js.compress({"full": params["full"]}, {"full": masks["full"]}, structure=js.Block((4, 8)))
   with pytest.raises(TypeError, match="is neither"):
@@ -205,6 +230,7 @@ def test_compress_stacked_layers():
   assert stacked.ndim == 3 and stacked.capacity == most and stacked.count.tolist() == units.sum((1, 2)).tolist()
   assert repr(stacked) == f"BlockArray(3 x {most} blocks of 4x4, shape=(8, 16), dtype=float32)"
   assert report.leaves[0].pattern == "4x4 blocks" and report.leaves[0].bytes_after == stacked.nbytes
+  assert stacked.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(stacked))
   np.testing.assert_array_equal(stacked.to_dense(), np.where(mask, w, 0))
   x = jnp.ones((5, 8))
   _, y = jax.lax.scan(lambda _, layer: (None, js.ops.block_matmul(x, layer)), None, stacked)

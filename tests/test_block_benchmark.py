@@ -17,7 +17,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 def table():
   spec = importlib.util.spec_from_file_location("block_matmul_table", ROOT / "benchmarks" / "block_matmul_table.py")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "benchmarks")
+    spec.loader.exec_module(module)
   return module
 
 
@@ -41,7 +43,7 @@ def test_toy_size(tmp_path, table):
   for row in found["rows"]:
     assert row["implementation"] == "xla" and row["error"] < 4e-3 and row["us"] > 0
   made = table.tables(found)
-  assert "| 256 x 256 | 9 | 64x64 |" in made["grid"] and "| 9 x 256 x 256 | dx |" in made["skewed"]
+  assert "| 256 x 256 | 9 | 64x64 |" in made["grid"] and "| 256 x 256 | 9 |" in made["skewed"]
   assert '[256, 256, "64x64", 9, "dx",' in table.measured(found)
 
 
@@ -58,6 +60,14 @@ def test_break_even(table):
   assert at(_1=4.0, _4=2.0) == pytest.approx(0.8)  # beyond the last: ratio * density stays
   assert at(_1=4.0, _5=3.0) == 1.0
   assert at(_1=0.5, _4=0.25) == 0.0
+
+
+def test_pictures(table, tmp_path):
+  """Both are drawn from the measurements there are, every weight among them."""
+  found = json.loads((RESULTS / "block_matmul_h100.json").read_text())
+  assert {row["shape"] for row in found["rows"]} == set(table.block_matmul_plot._WEIGHTS)
+  table.plot(tmp_path / "all.png", found)
+  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("all.png", "all_rows.png"))
 
 
 def test_goals(table):

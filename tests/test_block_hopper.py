@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import jaxsparse as js
+from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _decode
 from jaxsparse.ops.block_matmul import _hopper
@@ -188,6 +189,24 @@ def test_gradient_runs_the_kernels():
   text = ahead_of_time.compile_for_h100(step, x, w).as_text()
   for kernel in ("block_matmul", "block_matmul_transposed", "sampled_matmul"):
     assert kernel in text
+
+
+@needs_pallas
+def test_shard_map_of_kernels_needs_check_vma_off(monkeypatch):
+  """Pallas loses over which mesh axes values vary: an error that says what to do, where JAX would name a loop."""
+  from jax.sharding import PartitionSpec as P
+
+  monkeypatch.setattr(_dispatch, "current_target", lambda: _dispatch.Target("gpu", ahead_of_time.KIND, (9, 0)))
+  mesh = jax.sharding.AbstractMesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  x, w = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16), spec(1024, 1024, (64, 64), 30)
+
+  def trace(**options):
+    op = jax.shard_map(js.ops.block_matmul, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"), **options)
+    return jax.make_jaxpr(op)(x, w)
+
+  with pytest.raises(NotImplementedError, match=r"mesh axes \['d'\].*shard_map\(..., check_vma=False\)"):
+    trace()
+  assert "block_matmul" in str(trace(check_vma=False))
 
 
 @needs_pallas

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +18,13 @@ from block_cases import limit
 from block_cases import relative_error
 
 import jaxsparse as js
+from jaxsparse.ops import _dispatch
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import api
 from jaxsparse.ops.block_matmul import arg_specs
+from jaxsparse.ops.block_matmul import choice as choices
+from jaxsparse.ops.block_matmul import preference
+from jaxsparse.ops.sampled_matmul import api as sampled_api
 
 PORTABLE = ("reference", "xla", "dense")
 
@@ -92,7 +100,6 @@ def test_shapes():
   want, want_t, want_s = all_products64(x, w, dy)
   assert relative_error(js.ops.block_matmul(x[0], w), want[0]) < 1e-6
   assert relative_error(js.ops.block_matmul(x.reshape(2, 3, -1), w), want.reshape(2, 3, -1)) < 1e-6
-  assert js.ops.block_matmul(x[:0], w).shape == (0, 8)
   assert relative_error(js.ops.sampled_matmul(x.reshape(2, 3, -1), dy.reshape(2, 3, -1), w), want_s) < 1e-6
   assert relative_error(jax.vmap(lambda x: js.ops.block_matmul(x, w))(x), want) < 1e-6
   other = dataclasses.replace(w, blocks=2 * w.blocks)
@@ -101,6 +108,48 @@ def test_shapes():
   _, scanned = jax.lax.scan(lambda c, layer: (c, js.ops.block_matmul(x, layer)), None, stacked)
   for got in (both, scanned):
     assert relative_error(got, np.stack([want, 2 * want])) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_no_rows(implementation):
+  """Products of nothing are empty, and sums of nothing 0."""
+  x, w, dy = case((4, 2), (3, 4), 0.5, 6)
+  y, dx, blocks = all_products(x[:0], w, dy[:0], implementation=implementation)
+  assert y.shape == (0, 8) and dx.shape == (0, 12) and blocks.shape == w.blocks.shape and not blocks.any()
+
+
+SHARDED = """
+import dataclasses, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+import jaxsparse as js
+from jaxsparse.ops.block_matmul import reference
+reference._CHUNK = 40  # a loop over blocks, whose sums vary with x
+rng = np.random.default_rng(0)
+dense, mask = jnp.asarray(rng.normal(size=(12, 8)), jnp.float32), rng.random((3, 4)) < 0.6
+x = jnp.asarray(rng.normal(size=(8, 12)), jnp.float32)
+mesh = jax.make_mesh((4,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+near = lambda a, b: jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), a, b)
+fan = js.FixedFanInArray.from_dense(dense, 3, js.selection.topk_mask(jnp.abs(dense), 3, axis=0))
+w = js.BlockArray.from_dense(dense, (4, 2), mask, capacity=10)
+masked = lambda x, w: js.ops.masked_block_matmul(x, w, mask, (4, 2), capacity=9)
+ops = [(lambda x, w, i=i: js.ops.block_matmul(x, w, implementation=i), v) for v in (w, w.freeze()) for i in ("xla", "dense")]
+for op, w in [*ops, (js.ops.fan_in_matmul, fan), (masked, dense)]:
+  trainable, fixed = js.arrays.partition(w)
+  loss = lambda f: lambda x, t: (f(x, js.arrays.combine(t, fixed)) ** 2).sum()
+  for check in (True, False):
+    split = jax.shard_map(op, mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"), check_vma=check)
+    run = jax.jit(jax.value_and_grad(loss(split), (0, 1)))
+    near(run(x, trainable), jax.value_and_grad(loss(op), (0, 1))(x, trainable))
+"""
+
+
+def test_sharded():
+  """Rows of x split over four devices by shard_map: gradients of the replicated weight are their sum."""
+  root = pathlib.Path(__file__).parents[1]
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+  env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 def test_strict_promotion():
@@ -144,8 +193,10 @@ def test_gradients(implementation, static):
   for op, plain, operand, cotangent in pairs:
     got, want = (jax.vjp(f, operand, trainable)[1](cotangent) for f in (op, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
-  op = lambda x, dy: js.ops.sampled_matmul(x, dy, w, implementation=implementation)
-  got, want = (jax.vjp(f, x, dy)[1](g) for f in (op, plain_sampled))
+  op = lambda x, dy, b: js.ops.sampled_matmul(x, dy, dataclasses.replace(w, blocks=b), implementation=implementation)
+  *got, unread = jax.vjp(op, x, dy, w.blocks)[1](g)
+  want = list(jax.vjp(plain_sampled, x, dy)[1](g))
+  assert not unread.any()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
 
 
@@ -171,10 +222,12 @@ def test_padding_has_no_gradient():
 # -- Changing masks ----------------------------------------------------------------------------------------------------
 
 
-def test_one_compile_while_the_mask_changes():
+@pytest.mark.parametrize("implementation", ["xla", None])
+def test_one_compile_while_the_mask_changes(implementation):
   @jax.jit
   def step(x, w, dy):
-    y, pull = jax.vjp(lambda x, b: js.ops.block_matmul(x, dataclasses.replace(w, blocks=b)), x, w.blocks)
+    product = lambda x, b: js.ops.block_matmul(x, dataclasses.replace(w, blocks=b), implementation=implementation)
+    y, pull = jax.vjp(product, x, w.blocks)
     return y, *pull(dy)
 
   for seed in range(4):
@@ -206,9 +259,12 @@ def test_masked_block_matmul_overflows_to_dense():
     (dict(block_shape=(4,)), r"block_shape=\(4,\); two positive integers"),
     (dict(capacity=0), "capacity=0; a positive integer"),
     (dict(x=x[:, :3]), "the last axis of x must be 16"),
+    (dict(mask=None), "mask is a NoneType; a dense weight and a mask"),
+    (dict(w=js.BlockArray.from_dense(w, (4, 4))), "w is a BlockArray; a dense weight"),
+    (dict(x=x.astype(jnp.bfloat16)), "x is bfloat16, w float32; make them equal"),
   ):
     arguments = dict(x=x, w=w, mask=np.ones((4, 3)), block_shape=(4, 4), capacity=3) | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
       js.ops.masked_block_matmul(**arguments)
 
 
@@ -218,7 +274,7 @@ def test_compact(axis):
   x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((12, 12), (12, 5)))
   x = x.at[0, 0].set(jnp.nan)  # what is masked may be anything
   run = jax.jit(functools.partial(js.ops.compact_matmul, axis=axis, capacity=2))
-  for kept in ([], [2], [1, 5], [1, 2, 3, 4]):
+  for kept in ([], [2], [1, 5], [1, 3, 5], [1, 2, 3, 4]):
     mask = np.isin(np.arange(6), kept)
     keep = np.repeat(mask, 2)
     if axis == "rows":
@@ -239,6 +295,9 @@ def test_compact(axis):
     js.ops.compact_matmul(x, w, np.ones(5, bool), axis=axis, capacity=2)
   with pytest.raises(ValueError, match="axis='columns'"):
     js.ops.compact_matmul(x, w, mask, axis="columns", capacity=2)
+  for a, b in ((x.astype(jnp.bfloat16), w), (x.astype(int), w.astype(int))):
+    with pytest.raises(TypeError, match=f"x is {a.dtype} and w {b.dtype}; one of bfloat16"):
+      js.ops.compact_matmul(a, b, mask, axis=axis, capacity=2)
 
 
 # -- Plans -------------------------------------------------------------------------------------------------------------
@@ -252,6 +311,9 @@ def test_plans(block, density):
   _, w, _ = case(block, grid, density, 1, extra=3)
   plans = js.ops.plan_blocks(w).plan
   jax.tree.map(np.testing.assert_array_equal, plans, _plan.plans_of(w.freeze()))
+  stale = dataclasses.replace(w, plan=jax.tree.map(lambda a: a + 1, plans))
+  jax.tree.map(np.testing.assert_array_equal, js.ops.plan_blocks(stale).plan, plans)
+  assert stale.freeze().plan is None
   n, rows, cols = w.capacity, np.asarray(w.rows), np.asarray(w.cols)
   for name, major, minor, size in (("forward", cols, rows, block[1]), ("transposed", rows, cols, block[0])):
     plan, shared, own = jax.tree.map(np.asarray, getattr(plans, name)), max(1, 128 // size), max(1, 64 // size)
@@ -268,7 +330,6 @@ def test_plans(block, density):
             place = which if shared == 1 else plan.units[2 * which + j // own] * own + j % own
             assert (major[slot], minor[slot]) == (place, plan.minor[e])
     assert sorted(seen) == list(range(int(w.count)))
-    np.diff(plan.starts)
     check_parts(plan)
 
 
@@ -380,6 +441,98 @@ def test_plan_puts_columns_with_common_rows_together():
   assert np.diff(plan.starts).tolist() == [2, 2, 2]  # and not 4 of neighbours
 
 
+# -- Kernels under transformations -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+  """A device that says it is an H100, and kernels that run anywhere; the rows of x that each of them gets."""
+  from jaxsparse.ops import _mosaic_gpu
+  from jaxsparse.ops.block_matmul import _hopper
+  from jaxsparse.ops.block_matmul import reference
+  from jaxsparse.ops.sampled_matmul import _hopper as sampled_hopper
+  from jaxsparse.ops.sampled_matmul import reference as sampled_reference
+
+  rows = []
+
+  def product(x, w, *, transposed, out_dtype):
+    assert x.dtype == w.dtype, "kernels want one dtype"
+    rows.append(("dx" if transposed else "fwd", x.shape[0]))
+    return reference.reference(x, w, transposed, out_dtype)
+
+  def sampled(x, dy, at, *, out_dtype):
+    assert x.dtype == dy.dtype == at.dtype, "kernels want one dtype"
+    rows.append(("dw", x.shape[0]))
+    return sampled_reference.reference(x, dy, at, out_dtype)
+
+  monkeypatch.setattr(_dispatch, "current_target", lambda: _dispatch.Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0)))
+  monkeypatch.setattr(_mosaic_gpu, "unavailable", lambda: None)
+  monkeypatch.setattr(_hopper, "block_matmul_hopper", product)
+  monkeypatch.setattr(sampled_hopper, "sampled_matmul_hopper", sampled)
+  for function in (api._run, sampled_api._run):
+    function.clear_cache()
+  yield rows
+  for function in (api._run, sampled_api._run):
+    function.clear_cache()
+
+
+def test_kernels_under_vmap(kernels):
+  """vmap over x alone is one product of more rows; over weights, and of sums over rows, a loop."""
+  x, w, dy = case((32, 32), (2, 3), 0.5, 6, jnp.bfloat16)
+  want, want_dx, want_dw = all_products64(x, w, dy)
+  product = lambda x, w, **more: js.ops.block_matmul(x, w, implementation="hopper", **more)
+  wide = jax.vjp(lambda x: product(x, w, preferred_element_type=jnp.float32), x)[1](dy.astype(jnp.float32))[0]
+  assert wide.dtype == jnp.bfloat16 and relative_error(wide, want_dx) < limit(jnp.bfloat16)
+  twice = jax.vmap(product, (0, None))(jnp.stack([x, 2 * x]), w)
+  # What is traced last is what runs.
+  assert kernels[-1] == ("fwd", 12) and relative_error(twice, np.stack([want, 2 * want])) < limit(jnp.bfloat16)
+  other = dataclasses.replace(w, blocks=2 * w.blocks)
+  stacked = jax.tree.map(lambda *a: jnp.stack(a), w, other)
+  for xs, axes in ((x, (None, 0)), (jnp.stack([x, x]), (0, 0))):
+    kernels.clear()
+    both = jax.vmap(product, axes)(xs, stacked)
+    assert set(kernels) <= {("fwd", 6)} and relative_error(both, np.stack([want, 2 * want])) < limit(jnp.bfloat16)
+  kernels.clear()
+  pull = lambda x, dy: jax.vjp(lambda x, b: product(x, dataclasses.replace(w, blocks=b)), x, w.blocks)[1](dy)
+  dx, dw = jax.vmap(pull)(jnp.stack([x, x]), jnp.stack([dy, 2 * dy]))
+  assert {("dw", 6), ("dx", 12)} <= set(kernels) and ("dw", 12) not in kernels
+  for got, one in ((dx, want_dx), (dw, want_dw)):
+    assert got.dtype == jnp.bfloat16 and relative_error(got, np.stack([one, 2 * one])) < limit(jnp.bfloat16)
+
+
+def test_each_product_goes_dense_by_itself(kernels, monkeypatch):
+  """The backward pass of a kernel takes the dense dot where that was faster, and the other way round."""
+  x, w, dy = case((32, 32), (2, 3), 0.5, 6, jnp.bfloat16)
+  for dense in ("fwd", "dx", "dw"):
+    limits = {"fwd": 1.0, "dx": 1.0, "dw": 1.0} | {dense: 0.1}
+    rows = [[64, 96, "32x32", 8, product, limit] for product, limit in limits.items()]
+    monkeypatch.setattr(preference, "measured", lambda rows=rows: {"device": "an H100", "rows": rows})
+    first = js.ops.which_block_matmul(x, w)
+    call = choices.call(first, "fwd", 6, w, None, jnp.bfloat16)
+    taken = {"fwd": call.fwd, "dx": call.dx, "dw": call.dw}
+    assert taken == {"fwd": "hopper", "dx": "hopper", "dw": "hopper"} | {dense: "dense"} and not call.strict
+  for batch, name in ((0, "xla"), (6, "hopper")):
+    monkeypatch.setattr(preference, "PORTABLE_BREAK_EVEN", 1.0)
+    assert choices.choose("fwd", batch, w.dtype, w, None, w.dtype).implementation == name
+
+
+def test_break_even_is_that_of_the_nearest_measurement(monkeypatch):
+  """By product, narrower side of the blocks, shape and rows of x; up to and with that density kernels run."""
+  rows = [[64, 256, "32x32", 8, "fwd", 0.1], [64, 256, "128x128", 8, "fwd", 0.2], [64, 256, "32x32", 512, "fwd", 0.3],
+          [4096, 256, "32x32", 8, "fwd", 0.4], [64, 4096, "32x32", 8, "fwd", 0.5], [64, 256, "32x32", 8, "dw", 0.6]]  # fmt: skip
+  monkeypatch.setattr(preference, "measured", lambda: {"device": "an H100", "rows": rows})
+  limit = lambda block, grid, batch, product="fwd": preference.break_even(case(block, grid, 0.5, 1)[1], batch, product)[
+    0
+  ]
+  assert limit((32, 128), (2, 2), 8) == limit((128, 32), (1, 8), 8) == limit((32, 32), (2, 8), 1) == 0.1
+  assert limit((128, 256), (1, 1), 8) == 0.2 and limit((32, 128), (2, 2), 400) == 0.3
+  assert limit((32, 32), (99, 8), 8) == 0.4 and limit((32, 32), (2, 99), 8) == 0.5
+  assert limit((32, 128), (2, 2), 8, "dw") == 0.6
+  w = case((32, 128), (2, 5), 1, 1, mask=[[1, 0, 0, 0, 0], [0] * 5])[1]
+  target = _dispatch.Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
+  assert w.density == 0.1 and preference.order(w, target, 8, "fwd")[0][0] == "hopper"
+
+
 # -- Which implementation, and errors ----------------------------------------------------------------------------------
 
 
@@ -405,8 +558,11 @@ def test_errors():
     js.ops.block_matmul_transposed(x, w)
   with pytest.raises(TypeError, match="make them equal"):
     js.ops.block_matmul(x.astype(jnp.bfloat16), w)
-  with pytest.raises(TypeError, match="preferred_element_type=int8"):
-    js.ops.block_matmul(x, w, preferred_element_type=jnp.int8)
+  with pytest.raises(TypeError, match="block_matmul: x is int32; allowed are"):
+    js.ops.block_matmul(x.astype(int), w)
+  for bad in ("int8", "nothing"):
+    with pytest.raises(TypeError, match=f"block_matmul: preferred_element_type='?{bad}'?; allowed are bfloat16"):
+      js.ops.block_matmul(x, w, preferred_element_type=bad)
   with pytest.raises(ValueError, match=r"dy must be \(6, 8\)"):
     js.ops.sampled_matmul(x, dy[:3], w)
   with pytest.raises(TypeError, match="sampled_matmul: at is a ndarray; a BlockArray"):

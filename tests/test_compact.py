@@ -349,6 +349,15 @@ def test_leaves_of_one_shape_are_refreshed_as_if_alone():
   assert not np.array_equal(both["a"].indices, both["b"].indices)
 
 
+def test_kernels_are_not_told_that_slots_are_in_order():
+  """Trained blocks have a plan, without the part that takes the blocks of a column to be neighbours."""
+  rules = js.Rules(("w", js.Compact(js.Block((32, 32)), (64, 96))))
+  _, masks = js.static_sparse(0.5, rules=rules, distribution=js.Uniform()).compact_init(
+    {"w": jax.ShapeDtypeStruct((64, 96), jnp.float32)}
+  )
+  assert masks["w"].plan.forward.minor.shape == (3,) and masks["w"].plan.heads is None
+
+
 def test_weight_from_jit_changes_dtype_outside():
   """Blocks in the order of their slots, not of their places."""
   updater = only(BLOCK)
@@ -359,6 +368,9 @@ def test_weight_from_jit_changes_dtype_outside():
   state = js.set_masks(updater.wrap_optax(optax.sgd(0.1)).init(params), masks)
   w = jax.jit(updater.forward_params)(params, state)["fan"]
   assert (np.diff(np.asarray(w.cols)) < 0).any()
+  outside = updater.forward_params(params, state)["fan"]  # sorted, as a BlockArray is
+  js.BlockArray(outside.blocks, outside.rows, outside.cols, shape=outside.shape)
+  np.testing.assert_array_equal(outside.to_dense(), w.to_dense())
   narrow = w.astype(jnp.bfloat16)
   assert narrow.dtype == jnp.bfloat16
   np.testing.assert_array_equal(narrow.to_dense(), updater.dense_params(params, state)["fan"].astype(jnp.bfloat16))

@@ -149,7 +149,7 @@ BAD = {
   "operands": (lambda x, w, dy: js.ops.fan_in_candidates(x, dy[:, 1:], w, 1), ValueError, "needs"),
   "count": (lambda x, w, dy: js.ops.fan_in_candidates(x, dy, w, 13), ValueError, "count=13"),
   "key": (lambda x, w, dy: js.ops.fan_in_candidates(x, dy, w, 1, sample=4), ValueError, "key="),
-  "tiles": (lambda x, w, dy: js.ops.block_gradient_scores(x, dy, (5, 1)), ValueError, "do not tile"),
+  "tiles": (lambda x, w, dy: js.ops.block_gradient_scores(x, dy, (5, 1)), ValueError, "blocks of 5x1 need two axes"),
   "twice": (lambda x, w, dy: js.FixedFanInArray(w.values, w.indices * 0, inputs=12), ValueError, "output 0"),
   "outside": (lambda x, w, dy: js.FixedFanInArray(w.values, w.indices, inputs=11), ValueError, "different numbers"),
   "negative": (

@@ -46,7 +46,8 @@ class BlockArray:
     blocks: `[N, bk, bo]`, bfloat16, float16 or float32.
     rows: `[N]`, int32, block row of each block.
     cols: `[N]`, int32, block column of each block.
-    plan: None, or what kernels derive from the positions (`js.ops.plan_blocks` adds it); of the dynamic form only.
+    plan: None, or what kernels derive from these positions (`js.ops.plan_blocks` adds it); of the dynamic form only. It goes
+      with them: of an array with a plan replace the blocks alone, and make one with other positions anew.
     shape: (K, O), static.
     static: which form this is, static.
     positions: of the static form, as one hashable value; else None.
@@ -69,15 +70,10 @@ class BlockArray:
   static: bool = dataclasses.field(default=False, kw_only=True)
 
   def __post_init__(self):
-    object.__setattr__(self, "shape", tuple(int(s) for s in self.shape))
+    object.__setattr__(self, "shape", _checked_shape(self.shape))
     if self.static:
       for name in ("rows", "cols"):
-        value = getattr(self, name)
-        if not _nm_array.is_concrete(value):
-          raise TypeError(
-            f"BlockArray: static=True needs {name} with values that are known while tracing, got {value}."
-          )
-        object.__setattr__(self, name, np.asarray(value, np.int32))
+        object.__setattr__(self, name, _static_positions(getattr(self, name), name))
       object.__setattr__(self, "plan", None)
     object.__setattr__(
       self, "positions", _block_positions.StaticPositions(self.rows, self.cols) if self.static else None
@@ -153,9 +149,8 @@ class BlockArray:
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the blocks, a row for each, and the start of each column."""
-    layers = int(np.prod(self.blocks.shape[:-3]))
-    return int(np.prod(self.blocks.shape)) * self.dtype.itemsize + 4 * layers * (self.capacity + self.grid[1] + 1)
+    """Bytes of the blocks and their positions, without a plan."""
+    return int(np.prod(self.blocks.shape)) * self.dtype.itemsize + 8 * int(np.prod(self.blocks.shape[:-2]))
 
   def __repr__(self):
     try:
@@ -184,8 +179,8 @@ class BlockArray:
       block_shape: (bk, bo); they divide K and O.
       mask: bool (or 0/1), True = kept, for every entry `[K, O]` or for every block `[K / bk, O / bo]`. A block is kept
         where any of its entries is; entries outside the mask are taken as 0 whatever they are. None: what is not 0.
-      capacity: room for this many blocks; needed inside `jit` when the mask is traced. None: as many as are kept.
-      static: the form, see `BlockArray`.
+      capacity: room for this many blocks; needed inside `jit` unless the mask is a NumPy array. None: as many as are kept.
+      static: the form, see `BlockArray`; inside `jit` it needs such a mask.
       name: what errors call the weight.
 
     Returns:
@@ -202,20 +197,23 @@ class BlockArray:
     tiles = w.reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
     if mask is None:
       keep = (tiles != 0).any((2, 3))
-    elif tuple(mask.shape) == tuple(w.shape) and (bk, bo) != (1, 1):
-      mask = jnp.asarray(mask).astype(bool).reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
-      tiles, keep = jnp.where(mask, tiles, 0), mask.any((2, 3))
-    elif tuple(mask.shape) == grid:
-      keep = jnp.asarray(mask).astype(bool)
     else:
-      raise ValueError(
-        f"{name} has shape {w.shape}, its mask {tuple(mask.shape)}; allowed are {tuple(w.shape)}, one for each entry, "
-        f"and {grid}, one for each block of {bk}x{bo}."
-      )
+      # NumPy's stays NumPy's, and so is known while tracing.
+      mask = (mask if isinstance(mask, jax.Array) else np.asarray(mask)).astype(bool)
+      if mask.shape == w.shape and (bk, bo) != (1, 1):
+        mask = mask.reshape(grid[0], bk, grid[1], bo).transpose(0, 2, 1, 3)
+        tiles, keep = jnp.where(mask, tiles, 0), mask.any((2, 3))
+      elif mask.shape == grid:
+        keep = mask
+      else:
+        raise ValueError(
+          f"{name} has shape {w.shape}, its mask {mask.shape}; allowed are {w.shape}, one for each entry, and {grid}, one "
+          f"for each block of {bk}x{bo}."
+        )
     rows, cols = _block_positions.positions_of(keep, capacity, name)
     picked = tiles[jnp.asarray(rows), jnp.minimum(jnp.asarray(cols), grid[1] - 1)]
-    blocks = jnp.where((jnp.asarray(cols) < grid[1])[:, None, None], picked, 0)
-    return cls(blocks, rows, cols, shape=w.shape, static=static)
+    blocks = jnp.where(jnp.asarray(cols < grid[1])[:, None, None], picked, 0)
+    return cls(blocks, *((rows, cols) if static else map(jnp.asarray, (rows, cols))), shape=w.shape, static=static)
 
   @classmethod
   def from_blocks(
@@ -234,25 +232,25 @@ class BlockArray:
     Raises:
       ValueError: as the constructor; also if there is room for fewer than N blocks.
     """
-    blocks, rows, cols = (jnp.asarray(a) for a in (blocks, rows, cols))
+    blocks, shape = jnp.asarray(blocks), _checked_shape(shape)
+    # NumPy's stay NumPy's, and so are known while tracing.
+    rows, cols = (a if isinstance(a, jax.Array) else np.asarray(a) for a in (rows, cols))
+    xp = np if all(isinstance(a, np.ndarray) for a in (rows, cols)) else jnp
     for name, a in (("rows", rows), ("cols", cols)):
       if a.ndim != 1 or blocks.ndim != 3 or a.shape != blocks.shape[:1] or not jnp.issubdtype(a.dtype, jnp.integer):
         raise ValueError(
           f"BlockArray: {name} is {a.dtype}{list(a.shape)} for blocks of shape {blocks.shape}; allowed are integers [N] "
           "for blocks [N, bk, bo]."
         )
-    order = jnp.lexsort((rows, cols))
+    order = xp.lexsort((rows, cols))
     extra = 0 if capacity is None else _block_positions.check_capacity(capacity, "BlockArray") - blocks.shape[0]
     if extra < 0:
       raise ValueError(f"BlockArray: {blocks.shape[0]} blocks do not fit into capacity={capacity}.")
     outside = shape[1] // blocks.shape[2] if blocks.shape[2] else 0
-    return cls(
-      jnp.pad(blocks[order], ((0, extra), (0, 0), (0, 0))),
-      jnp.pad(rows[order].astype(jnp.int32), (0, extra)),
-      jnp.pad(cols[order].astype(jnp.int32), (0, extra), constant_values=outside),
-      shape=shape,
-      static=static,
-    )
+    rows = xp.pad(rows[order].astype(np.int32), (0, extra))
+    cols = xp.pad(cols[order].astype(np.int32), (0, extra), constant_values=outside)
+    blocks = jnp.pad(blocks[order], ((0, extra), (0, 0), (0, 0)))
+    return cls(blocks, *((rows, cols) if static else map(jnp.asarray, (rows, cols))), shape=shape, static=static)
 
   def to_dense(self, dtype: Any = None) -> jax.Array:
     """The dense weight, `[K, O]` (`[*S, K, O]` of stacked layers), of `dtype`, or of the blocks' dtype."""
@@ -288,12 +286,14 @@ def check(w: BlockArray) -> None:
     if not hasattr(getattr(w, name), "shape"):
       raise TypeError(f"BlockArray: {name} must be an array, got {type(getattr(w, name)).__name__}.")
   if len(w.blocks.shape) != 3:
-    raise ValueError(f"BlockArray: blocks has shape {tuple(w.blocks.shape)}; allowed is [N, bk, bo].")
+    hint = " Take stacked layers one at a time, with jax.lax.scan or jax.vmap." if len(w.blocks.shape) > 3 else ""
+    raise ValueError(f"BlockArray: blocks has shape {tuple(w.blocks.shape)}; allowed is [N, bk, bo].{hint}")
   _check_float(w.blocks.dtype, "BlockArray: blocks")
   if w.blocks.shape[0] < 1:
-    raise ValueError("BlockArray: capacity 0; a weight without blocks keeps one empty slot, whose column is O / bo.")
-  if len(w.shape) != 2:
-    raise ValueError(f"BlockArray: shape={w.shape}; allowed is (K, O).")
+    raise ValueError(
+      "BlockArray: capacity 0; a weight without blocks keeps one empty slot, whose column is O / bo "
+      "(from_blocks(..., capacity=1) makes it)."
+    )
   _, grid = check_tiling(w.shape, w.block_shape, "BlockArray")
   for name in ("rows", "cols"):
     value = getattr(w, name)
@@ -305,6 +305,27 @@ def check(w: BlockArray) -> None:
     _block_positions.check(np.asarray(w.rows), np.asarray(w.cols), grid)
 
 
+def _checked_shape(shape: Any) -> tuple[int, int]:
+  if not (
+    isinstance(shape, (tuple, list)) and len(shape) == 2 and all(isinstance(s, (int, np.integer)) for s in shape)
+  ):
+    raise ValueError(f"BlockArray: shape={shape!r}; two integers (K, O), of the dense weight, are needed.")
+  return tuple(map(int, shape))
+
+
+def _static_positions(value: Any, name: str) -> np.ndarray:
+  if not _nm_array.is_concrete(value):
+    raise TypeError(
+      f"BlockArray: static=True needs {name} as an array with values that are known while tracing, got {value}. Inside jit "
+      "give NumPy arrays."
+    )
+  value = np.asarray(value)
+  # Another width is no error here; other numbers, and what would wrap around, are left for `check` to name.
+  if value.dtype.kind in "iu" and (value.astype(np.int32) == value).all():
+    return value.astype(np.int32)
+  return value
+
+
 def check_tiling(shape: tuple[int, ...], block_shape: Any, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
   """((bk, bo), grid); ValueError if blocks do not tile the shape."""
   block = tuple(block_shape) if isinstance(block_shape, (tuple, list)) else block_shape
@@ -312,7 +333,7 @@ def check_tiling(shape: tuple[int, ...], block_shape: Any, name: str) -> tuple[t
     isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, (int, np.integer)) and b > 0 for b in block)
   ):
     raise ValueError(f"{name}: block_shape={block_shape!r}; two positive integers (bk, bo) are needed.")
-  if len(shape) != 2 or shape[0] % block[0] or shape[1] % block[1] or not shape[0] or not shape[1]:
+  if len(shape) != 2 or shape[0] % block[0] or shape[1] % block[1] or min(shape) < 1:
     raise ValueError(
       f"{name} has shape {tuple(shape)}; blocks of {block[0]}x{block[1]} need two axes [K, O] divisible by them. "
       "Pad the weight, or leave it dense."

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,7 +30,7 @@ class StaticPositions:
     return f"Positions of {self.rows.size} blocks"
 
 
-def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[jax.Array, jax.Array]:
+def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[Any, Any]:
   """(rows, cols) of the blocks that are kept, sorted by column, then row, padded to the capacity.
 
   Args:
@@ -40,7 +39,7 @@ def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[j
     name: what errors call the weight.
 
   Returns:
-    int32 `[N]` each; what does not fit is lost where `keep` is traced.
+    int32 `[N]` each, NumPy's where `keep` has values; what does not fit is lost where it is traced.
 
   Raises:
     ValueError: no capacity, or one that the kept blocks do not fit into.
@@ -52,13 +51,15 @@ def positions_of(keep: Any, capacity: int | None, name: str = "mask") -> tuple[j
     cols, rows = np.nonzero(kept.T)
     size = max(1, cols.size) if capacity is None else capacity
     if cols.size > size:
-      raise ValueError(f"{name} keeps {cols.size} blocks, which do not fit into capacity={capacity}.")
+      raise ValueError(
+        f"{name} keeps {cols.size} blocks, which do not fit into capacity={capacity}; at least {cols.size} is needed."
+      )
     pad = (0, size - cols.size)
-    cols = np.pad(cols, pad, constant_values=kept.shape[1]).astype(np.int32)
-    return jnp.asarray(np.pad(rows, pad).astype(np.int32)), jnp.asarray(cols)
+    return np.pad(rows, pad).astype(np.int32), np.pad(cols, pad, constant_values=kept.shape[1]).astype(np.int32)
   if capacity is None:
     raise ValueError(
-      f"{name}: inside jit the number of kept blocks is not known; say capacity=, the most there can be."
+      f"{name}: inside jit the number of kept blocks is not known; say capacity=, the most there can be, or give the mask "
+      "as a NumPy array."
     )
   block_rows, block_cols = keep.shape
   flat = jnp.nonzero(keep.T.reshape(-1), size=capacity, fill_value=block_rows * block_cols)[0].astype(jnp.int32)

@@ -179,10 +179,11 @@ def check(w: FixedFanInArray) -> None:
 
 def index_problem(indices: Any, inputs: int) -> str:
   """The first output whose indices lie outside of [0, inputs) or are not different, in words; "" where there is none."""
-  bad = _flawed(jnp.asarray(indices), inputs)
-  if not bad.size or not bool(bad.any()):
+  with jax.ensure_compile_time_eval():  # values may be known inside `jit` too
+    bad = np.asarray(_flawed(jnp.asarray(indices), inputs))
+  if not bad.any():
     return ""
-  o = int(jnp.argmax(bad))
+  o = int(bad.argmax())
   return (
     f"the indices of output {o}, {np.asarray(indices[:8, o]).tolist()}..., are not different numbers in [0, {inputs})"
   )

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.arrays import _block_array
 from jaxsparse.arrays import _fixed_fan_in_array
+from jaxsparse.ops import _float32_sums
 
 # Entries of the dense gradient that exist at a time.
 _CHUNK = 1 << 24
@@ -76,7 +78,7 @@ def _fan_in(count, sample, x, dy, w, key):
       # Kept inputs that are not in the sample lie past its end, where nothing is written.
       at = jnp.full(inputs, sample, jnp.int32).at[rows].set(jnp.arange(sample, dtype=jnp.int32))[at]
       columns = x[:, rows]
-    gradient = jnp.abs(_dot("bk,bo->ko", columns, cut(dy)))
+    gradient = jnp.abs(_float32_sums.einsum("bk,bo->ko", columns, cut(dy)))
     gradient = gradient.at[at, jnp.arange(width)].set(-jnp.inf, mode="drop")
     scores, place = jax.lax.top_k(gradient.T, count)
     put = lambda a, part: jax.lax.dynamic_update_slice_in_dim(a, part.T, start, axis=1)
@@ -104,11 +106,10 @@ def block_gradient_scores(x: Any, dy: Any, block_shape: tuple[int, int]) -> jax.
   [[9.0, 0.0]]
   """
   x, dy = jnp.asarray(x), jnp.asarray(dy)
-  (inputs, outputs), (bk, bo) = (x.shape[-1], dy.shape[-1]), block_shape
-  _check_operands("block_gradient_scores", x, dy, (inputs, outputs))
-  if inputs % bk or outputs % bo:
-    raise ValueError(f"block_gradient_scores: blocks of {bk}x{bo} do not tile a weight of shape {(inputs, outputs)}.")
-  return _blocks((bk, bo), x, dy)
+  shape = (*x.shape[-1:], *dy.shape[-1:])
+  _check_operands("block_gradient_scores", x, dy, shape)
+  block_shape, _ = _block_array.check_tiling(shape, block_shape, "block_gradient_scores: the weight")
+  return _blocks(block_shape, x, dy)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -118,19 +119,15 @@ def _blocks(block_shape, x, dy):
   columns = dy.reshape(x.shape[0], -1, bo).transpose(1, 0, 2)
 
   def score(column):
-    return jnp.abs(_dot("bk,bo->ko", x, column)).reshape(-1, bk * bo).sum(1)
+    return jnp.abs(_float32_sums.einsum("bk,bo->ko", x, column)).reshape(-1, bk * bo).sum(1)
 
   return jax.lax.map(score, columns, batch_size=max(1, _CHUNK // (inputs * bo))).T
 
 
 def _check_operands(op, x, dy, shape) -> None:
+  if x.ndim < 1 or dy.ndim < 1:
+    raise ValueError(f"{op}: x has shape {x.shape} and dy {dy.shape}; [*B, K] and [*B, O] are needed.")
   if x.shape[:-1] != dy.shape[:-1] or (x.shape[-1], dy.shape[-1]) != shape:
     raise ValueError(
       f"{op}: x has shape {x.shape} and dy {dy.shape}; a weight {shape} needs [*B, {shape[0]}] and [*B, {shape[1]}]."
     )
-
-
-def _dot(spec, a, b):
-  """An einsum in float32; float32 operands are multiplied as float32, not as TF32."""
-  precision = "highest" if a.dtype == jnp.float32 else None
-  return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.arrays import _block_positions
+from jaxsparse.ops import _float32_sums
+
+
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Compact(NamedTuple):
@@ -52,8 +56,8 @@ def compact_matmul(x: Any, w: Any, mask: Any, *, axis: str, capacity: int) -> ja
   kept, the whole product is computed (`jax.lax.cond`): slower, never wrong.
 
   Args:
-    x: `[B, K]`.
-    w: `[K, O]`.
+    x: `[B, K]`, bfloat16, float16 or float32.
+    w: `[K, O]`, of x's dtype.
     mask: bool `[n]`: which of n equal tiles of the axis are kept; n divides the axis.
     axis: "rows", the B of x (what is masked is 0 in the result too), or "reduction", K.
     capacity: tiles that there is room for, static.
@@ -62,6 +66,7 @@ def compact_matmul(x: Any, w: Any, mask: Any, *, axis: str, capacity: int) -> ja
     `[B, O]`, of x's dtype, summed in float32; differentiable in x and w.
 
   Raises:
+    TypeError: dtypes do not fit.
     ValueError: shapes do not fit, or the axis is unknown.
   """
   x, w, mask = jnp.asarray(x), jnp.asarray(w), jnp.asarray(mask).astype(bool)
@@ -69,6 +74,10 @@ def compact_matmul(x: Any, w: Any, mask: Any, *, axis: str, capacity: int) -> ja
     raise ValueError(f"compact_matmul: axis={axis!r}; allowed are 'rows' and 'reduction'.")
   if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
     raise ValueError(f"compact_matmul: x has shape {x.shape} and w {w.shape}; allowed are [B, K] and [K, O].")
+  if x.dtype.name not in _DTYPES or w.dtype != x.dtype:
+    raise TypeError(
+      f"compact_matmul: x is {x.dtype} and w {w.dtype}; one of {', '.join(_DTYPES)} is needed for both: x.astype(w.dtype)."
+    )
   size = x.shape[0 if axis == "rows" else 1]
   if mask.ndim != 1 or mask.size == 0 or size % mask.size:
     raise ValueError(
@@ -77,24 +86,20 @@ def compact_matmul(x: Any, w: Any, mask: Any, *, axis: str, capacity: int) -> ja
   tile = size // mask.size
   indices, count = compact(mask, capacity)
   keep = jnp.repeat(mask, tile)
+  dot = lambda a, b: _float32_sums.dot(a, b).astype(x.dtype)
 
   def dense(x, w):
     if axis == "rows":
-      return _dot(jnp.where(keep[:, None], x, 0), w)
-    return _dot(jnp.where(keep, x, 0), jnp.where(keep[:, None], w, 0))
+      return dot(jnp.where(keep[:, None], x, 0), w)
+    return dot(jnp.where(keep, x, 0), jnp.where(keep[:, None], w, 0))
 
   def gathered(x, w):
     if axis == "rows":
       part = x.reshape(-1, tile, x.shape[1]).at[indices].get(mode="fill", fill_value=0)
-      y = _dot(part.reshape(-1, x.shape[1]), w).reshape(-1, tile, w.shape[1])
+      y = dot(part.reshape(-1, x.shape[1]), w).reshape(-1, tile, w.shape[1])
       return jnp.zeros((mask.size, tile, w.shape[1]), y.dtype).at[indices].set(y, mode="drop").reshape(size, -1)
     part = x.reshape(x.shape[0], -1, tile).at[:, indices].get(mode="fill", fill_value=0)
     rows = w.reshape(-1, tile, w.shape[1]).at[indices].get(mode="fill", fill_value=0)
-    return _dot(part.reshape(x.shape[0], -1), rows.reshape(-1, w.shape[1]))
+    return dot(part.reshape(x.shape[0], -1), rows.reshape(-1, w.shape[1]))
 
   return jax.lax.cond(count > capacity, dense, gathered, x, w)
-
-
-def _dot(x, w):
-  precision = "highest" if x.dtype == jnp.float32 else None
-  return jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)

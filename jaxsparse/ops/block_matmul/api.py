@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxsparse.arrays import _block_array
 from jaxsparse.arrays import _block_positions
 from jaxsparse.ops import _dispatch
+from jaxsparse.ops import _float32_sums
+from jaxsparse.ops import _shard_map
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import choice as choices
 from jaxsparse.ops.block_matmul import vjp
@@ -35,8 +37,8 @@ def block_matmul(
   while tracing for a static weight; a dynamic one should carry it (`plan_blocks`), else it is derived in every call.
 
   Differentiable in reverse mode in x and the kept blocks: the backward pass is block-sparse as well
-  (`jaxsparse.ops.block_matmul.vjp`). Works under `jit`, `vmap` and `scan`. Kernels are not partitioned by themselves: use
-  `shard_map` across devices.
+  (`jaxsparse.ops.block_matmul.vjp`). Works under `jit`, `vmap` and `scan`. Kernels are not partitioned by themselves: across
+  devices call it inside `jax.shard_map`, for kernels with `check_vma=False`.
 
   Args:
     x: `[*B, K]`, bfloat16, float16 or float32.
@@ -49,7 +51,8 @@ def block_matmul(
 
   Raises:
     TypeError, ValueError: operands that do not fit each other.
-    NotImplementedError: the named implementation cannot run; the message says why.
+    NotImplementedError: the named implementation cannot run, or a kernel inside `jax.shard_map` without
+      `check_vma=False`; the message says why.
 
   >>> w = _block_array.BlockArray.from_dense(jnp.array([[1.0, 0.0], [2.0, 0.0]]), (2, 1))
   >>> block_matmul(jnp.array([[3.0, 4.0]]), w).tolist()
@@ -96,8 +99,8 @@ def which_block_matmul(
   'dense'
   """
   op = "block_matmul_transposed" if transposed else "block_matmul"
-  dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-  check(op, x, w, w.shape[1] if transposed and isinstance(w, _block_array.BlockArray) else None, dtype)
+  dtype = result_dtype(op, x, preferred_element_type)
+  check(op, x, w, w.shape[1] if transposed and isinstance(w, _block_array.BlockArray) else None)
   batch = math.prod(x.shape[:-1])
   return choices.choose("dx" if transposed else "fwd", batch, x.dtype, w, implementation, dtype)
 
@@ -143,6 +146,12 @@ def masked_block_matmul(
   Raises:
     As `block_matmul` and `BlockArray.from_dense`.
   """
+  for name, value in (("w", w), ("mask", mask)):
+    if value is None or isinstance(value, _block_array.BlockArray):
+      raise TypeError(
+        f"masked_block_matmul: {name} is a {type(value).__name__}; a dense weight and a mask over its blocks are needed "
+        "(block_matmul takes a BlockArray)."
+      )
   x, w, mask = jnp.asarray(x), jnp.asarray(w), jnp.asarray(mask).astype(bool)
   block_shape, grid = _block_array.check_tiling(w.shape, block_shape, "masked_block_matmul: w")
   capacity = _block_positions.check_capacity(capacity, "masked_block_matmul")
@@ -158,7 +167,7 @@ def masked_block_matmul(
   wide = lambda: jnp.repeat(jnp.repeat(mask, block_shape[0], 0), block_shape[1], 1)
 
   def dense(x, w):
-    return jnp.dot(x, jnp.where(wide(), w, 0), preferred_element_type=jnp.float32).astype(x.dtype)
+    return _float32_sums.dot(x, jnp.where(wide(), w, 0)).astype(x.dtype)
 
   @jax.jit  # positions are data here, whether or not the mask is known while tracing
   def sparse(x, w, mask):
@@ -175,18 +184,29 @@ def _product(x, w, transposed, implementation, preferred_element_type):
     x, w, transposed=transposed, implementation=implementation, preferred_element_type=preferred_element_type
   )
   # A named kernel is lowered for any platform, so that what cannot run says so.
-  dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
+  dtype = result_dtype("block_matmul", x, preferred_element_type)
   batch, product = math.prod(x.shape[:-1]), "dx" if transposed else "fwd"
   return _run(choices.call(choice, product, batch, w, implementation, dtype), transposed, x, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call, transposed, x, w):
-  y = vjp.matmul(call, transposed, x.reshape(-1, x.shape[-1]), w)
+  y = vjp.matmul(call, transposed, *_shard_map.vary_together(x.reshape(-1, x.shape[-1]), w))
   return y.reshape(*x.shape[:-1], w.shape[0] if transposed else w.shape[1])
 
 
-def check(op: str, x: Any, w: Any, width: int | None, out: Any) -> None:
+def result_dtype(op: str, x: Any, preferred: Any) -> Any:
+  """dtype of a result: that of x unless another is preferred."""
+  try:
+    dtype = jnp.dtype(x.dtype if preferred is None else preferred)
+  except TypeError as error:
+    raise TypeError(f"{op}: preferred_element_type={preferred!r}; allowed are {', '.join(DTYPES)}.") from error
+  if preferred is not None and dtype.name not in DTYPES:
+    raise TypeError(f"{op}: preferred_element_type={dtype.name}; allowed are {', '.join(DTYPES)}.")
+  return dtype
+
+
+def check(op: str, x: Any, w: Any, width: int | None) -> None:
   """Errors for operands that do not fit; `width` is the last axis of x, None: K."""
   name = "at" if op == "sampled_matmul" else "w"
   if not isinstance(w, _block_array.BlockArray):
@@ -207,5 +227,3 @@ def check(op: str, x: Any, w: Any, width: int | None, out: Any) -> None:
     raise TypeError(
       f"{op}: x is {x.dtype}, {name} {w.dtype}; make them equal: x.astype({name}.dtype) or {name}.astype(x.dtype)."
     )
-  if out.name not in DTYPES:
-    raise TypeError(f"{op}: preferred_element_type={out.name}; allowed are {', '.join(DTYPES)}.")

@@ -35,7 +35,7 @@ def choose(
   def hopper():
     if target.platform != "gpu":
       return f"it needs an NVIDIA GPU; this is {target}."
-    return "the product is empty." if batch == 0 else _problem(product, batch, dtype, w, out)
+    return _problem(product, batch, dtype, w, out)
 
   reasons = {name: lambda: None for name in vjp.IMPLEMENTATIONS} | {"hopper": hopper}
   order = preference.order(w, target, batch, product)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.arrays import _block_array
+from jaxsparse.ops import _float32_sums
+from jaxsparse.ops import _shard_map
 
 # Numbers that the gathered path holds at a time: blocks are taken in chunks of a scan beyond that.
 _CHUNK = 1 << 26
@@ -30,7 +32,7 @@ def reference(x, w: _block_array.BlockArray, transposed: bool, out_dtype: Any) -
 def dense(x, w: _block_array.BlockArray, transposed: bool, out_dtype: Any) -> jax.Array:
   """One dense dot with float32 accumulation; the dense weight is written and read again in every call."""
   full = w.to_dense(x.dtype)
-  return _dot("bk,ok->bo" if transposed else "bk,ko->bo", x, full).astype(out_dtype)
+  return _float32_sums.einsum("bk,ok->bo" if transposed else "bk,ko->bo", x, full).astype(out_dtype)
 
 
 def xla(x, w: _block_array.BlockArray, transposed: bool, out_dtype: Any) -> jax.Array:
@@ -40,8 +42,8 @@ def xla(x, w: _block_array.BlockArray, transposed: bool, out_dtype: Any) -> jax.
   """
   bk, bo = w.block_shape
   take, size = (bo, bk) if transposed else (bk, bo)
-  parts = x.reshape(x.shape[0], -1, take).transpose(1, 0, 2)
-  out_blocks = w.grid[0] if transposed else w.grid[1]
+  in_blocks, out_blocks = reversed(w.grid) if transposed else w.grid
+  parts = x.reshape(x.shape[0], in_blocks, take).transpose(1, 0, 2)
   # A slot without a block has column O / bo: its part of x is any, its product is dropped.
   rows, cols = jnp.asarray(w.rows), jnp.asarray(w.cols)
   rows = jnp.where(cols < w.grid[1], rows, w.grid[0])
@@ -49,11 +51,11 @@ def xla(x, w: _block_array.BlockArray, transposed: bool, out_dtype: Any) -> jax.
 
   def add(total, piece):
     blocks, minor, major = piece
-    part = parts[jnp.minimum(minor, parts.shape[0] - 1)]
-    product = _dot("nbo,nko->nbk" if transposed else "nbk,nko->nbo", part, blocks)
+    part = parts[jnp.minimum(minor, in_blocks - 1)]
+    product = _float32_sums.einsum("nbo,nko->nbk" if transposed else "nbk,nko->nbo", part, blocks)
     return total.at[major].add(product, mode="drop"), None
 
-  total = jnp.zeros((out_blocks, x.shape[0], size), jnp.float32)
+  total = _shard_map.like_operands(jnp.zeros((out_blocks, x.shape[0], size), jnp.float32), x, w)
   pieces = (w.blocks, minor, major)
   chunk = max(1, _CHUNK // max(1, x.shape[0] * max(take, size)))
   if chunk >= w.capacity:
@@ -64,10 +66,4 @@ def xla(x, w: _block_array.BlockArray, transposed: bool, out_dtype: Any) -> jax.
     total, _ = jax.lax.scan(add, total, jax.tree.map(fold, pieces))
     if whole < w.capacity:
       total, _ = add(total, jax.tree.map(lambda a: a[whole:], pieces))
-  return total.transpose(1, 0, 2).reshape(x.shape[0], -1).astype(out_dtype)
-
-
-def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """An einsum in float32; float32 operands are multiplied as float32, not as TF32."""
-  precision = "highest" if a.dtype == jnp.float32 else None
-  return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+  return total.transpose(1, 0, 2).reshape(x.shape[0], out_blocks * size).astype(out_dtype)

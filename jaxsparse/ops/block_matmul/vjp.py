@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.arrays import _block_array
+from jaxsparse.ops import _shard_map
 from jaxsparse.ops.block_matmul import reference as matmul_paths
 from jaxsparse.ops.sampled_matmul import reference as sampled_paths
 
@@ -127,11 +128,19 @@ def _on_gpu(paths, call: Call):
   """A kernel as a function of (operands, weight); vmap over x alone is folded into its rows, other vmaps are loops."""
   kernel, elsewhere, fold = paths
 
+  def on_gpu(operands, w):
+    if axes := _shard_map.varying((operands, w)):
+      raise NotImplementedError(
+        f"Operands vary over the mesh axes {sorted(axes)}, which Pallas cannot follow into the kernels of block-sparse "
+        "products. Give jax.shard_map(..., check_vma=False), or name an implementation: 'xla' or 'dense'."
+      )
+    return kernel(operands, w)
+
   @jax.custom_batching.custom_vmap
   def run(operands, w):
     if call.strict:
-      return kernel(operands, w)
-    return jax.lax.platform_dependent(operands, w, cuda=kernel, default=elsewhere)
+      return on_gpu(operands, w)
+    return jax.lax.platform_dependent(operands, w, cuda=on_gpu, default=elsewhere)
 
   @run.def_vmap
   def batched(size, in_batched, operands, w):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxsparse.arrays import _fixed_fan_in_array
 from jaxsparse.ops import _dispatch
+from jaxsparse.ops import _shard_map
 from jaxsparse.ops.fan_in_matmul import vjp
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -59,7 +60,8 @@ def fan_in_matmul(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(implementation, dtype, x, w):
-  y = vjp.matmul(implementation, dtype, x.reshape(-1, x.shape[-1]), w.values, w.indices)
+  operands = _shard_map.vary_together(x.reshape(-1, x.shape[-1]), w.values, w.indices)
+  y = vjp.matmul(implementation, dtype, *operands)
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 

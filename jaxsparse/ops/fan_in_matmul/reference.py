@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.ops import _shard_map
+
 _UNROLL = 8  # inputs a pass, which reads and writes the sums once
 
 
@@ -37,7 +39,7 @@ def product(x: jax.Array, values: jax.Array, indices: jax.Array, out_dtype: Any)
     value, index = entry
     return total + _rows(rows, index) * value.astype(jnp.float32)[:, None], None
 
-  total = jnp.zeros((values.shape[1], x.shape[0]), jnp.float32)
+  total = _shard_map.like_operands(jnp.zeros((values.shape[1], x.shape[0]), jnp.float32), x, values, indices)
   return jax.lax.scan(add, total, (values, indices), unroll=_unroll(values))[0].T.astype(out_dtype)
 
 
@@ -50,7 +52,7 @@ def inputs_gradient(dy: jax.Array, values: jax.Array, indices: jax.Array, inputs
     part = columns * value.astype(jnp.float32)[:, None]
     return total.at[index.astype(jnp.int32)].add(part, mode="promise_in_bounds"), None
 
-  total = jnp.zeros((inputs, dy.shape[0]), jnp.float32)
+  total = _shard_map.like_operands(jnp.zeros((inputs, dy.shape[0]), jnp.float32), dy, values, indices)
   return jax.lax.scan(add, total, (values, indices))[0].T.astype(out_dtype)
 
 

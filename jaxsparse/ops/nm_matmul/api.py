@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxsparse.arrays import _nm_array
 from jaxsparse.ops import _dispatch
+from jaxsparse.ops import _shard_map
 from jaxsparse.ops.nm_matmul import preference
 from jaxsparse.ops.nm_matmul import reference
 from jaxsparse.ops.nm_matmul import vjp
@@ -254,7 +255,7 @@ def _run(x, w, bias, implementation, strict, activation, dtype):
   else:
     forward = _run_plain(implementation)
   call = vjp.Call(forward, _dense, _spread, activation, dtype)
-  y = vjp.matmul(call, *vjp.vary_together(x.reshape(-1, x.shape[-1]), w, bias))
+  y = vjp.matmul(call, *_shard_map.vary_together(x.reshape(-1, x.shape[-1]), w, bias))
   return y.reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -291,7 +292,7 @@ def _run_kernel(name: str, strict: bool):
     def on_gpu(x, w, bias):
       w = w if _packed_as(w) else _pack_as(name, w)
       y = _kernel(name)[1](x, w, bias=bias, activation=activation, out_dtype=dtype)
-      return vjp.vary_together(y, x)[0]  # Pallas does not know over which mesh axes a result varies.
+      return _shard_map.like_operands(y, x)
 
     def elsewhere(x, w, bias):
       return _xla(x, w, bias, activation, dtype)

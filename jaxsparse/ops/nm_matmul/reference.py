@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.arrays import _nm_array
+from jaxsparse.ops import _float32_sums
 
 # In float32, between the bias and the one rounding to the output's dtype. gelu is the tanh approximation.
 ACTIVATIONS = {None: lambda y: y, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -42,13 +43,7 @@ def xla(x, dense: jax.Array, bias, activation: str | None, out_dtype: Any) -> ja
   The dense weight is written to memory and read again in every call, so where the weights bound the time this is slower
   than keeping a dense weight. Quantised values are rounded to x's dtype.
   """
-  return epilogue(dot(x, dense), bias, activation, out_dtype)
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-  """`a @ b` in float32; float32 operands are multiplied as float32, not as TF32."""
-  precision = "highest" if a.dtype == jnp.float32 else None
-  return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+  return epilogue(_float32_sums.dot(x, dense), bias, activation, out_dtype)
 
 
 def epilogue(y: jax.Array, bias: jax.Array | None, activation: str | None, out_dtype: Any) -> jax.Array:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.ops import _float32_sums
 from jaxsparse.ops.nm_matmul import reference
 
 
@@ -52,19 +53,6 @@ def matmul(call: Call, x: jax.Array, w: Any, bias: jax.Array | None) -> jax.Arra
   return call.forward(x, w, bias, call.activation, call.out_dtype)
 
 
-def vary_together(*operands: Any) -> Any:
-  """Operands that, inside `jax.shard_map`, all vary over the same mesh axes; elsewhere they pass.
-
-  A custom derivative must give a cotangent of the operand's own type: where x is replicated and w is split along O, `dx` is a
-  sum over the devices. After this, JAX knows of the sum and takes it.
-  """
-  varying = lambda a: getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", frozenset())
-  axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves(operands)))
-  missing = lambda leaf: tuple(sorted(axes - varying(leaf)))
-  cast = lambda leaf: jax.lax.pcast(leaf, missing(leaf), to="varying") if missing(leaf) else leaf
-  return jax.tree.map(cast, operands)
-
-
 def _forward(call, x, w, bias):
   if call.activation is None:
     return matmul(call, x, w, bias), (x, w, bias, None)
@@ -90,12 +78,12 @@ def _backward(call, residuals, dy):
     return call.spread(treedef.unflatten([next(floats) if t else leaf for t, leaf in zip(trains, leaves)]), jnp.float32)
 
   _, pull = jax.vjp(dense, [leaf for t, leaf in zip(trains, leaves) if t])
-  (dfloats,) = pull(reference.dot(x.T, dz))
+  (dfloats,) = pull(_float32_sums.dot(x.T, dz))
   dfloats = iter(dfloats)
   dw = treedef.unflatten(
     [next(dfloats) if t else np.zeros(leaf.shape, jax.dtypes.float0) for t, leaf in zip(trains, leaves)]
   )
-  dx = reference.dot(dz, call.dense(w, x.dtype).T).astype(x.dtype)
+  dx = _float32_sums.dot(dz, call.dense(w, x.dtype).T).astype(x.dtype)
   return dx, dw, dbias
 
 

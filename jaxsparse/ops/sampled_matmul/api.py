@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _dispatch
+from jaxsparse.ops import _shard_map
 from jaxsparse.ops.block_matmul import api as block_api
 from jaxsparse.ops.block_matmul import choice as choices
 from jaxsparse.ops.block_matmul import vjp
@@ -46,7 +47,7 @@ def sampled_matmul(
   """
   x, dy = jnp.asarray(x), jnp.asarray(dy)
   choice = which_sampled_matmul(x, dy, at, implementation=implementation, preferred_element_type=preferred_element_type)
-  dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
+  dtype = block_api.result_dtype("sampled_matmul", x, preferred_element_type)
   return _run(choices.call(choice, "dw", math.prod(x.shape[:-1]), at, implementation, dtype), x, dy, at)
 
 
@@ -70,8 +71,8 @@ def which_sampled_matmul(
   Raises:
     As `sampled_matmul`.
   """
-  out = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-  block_api.check("sampled_matmul", x, at, None, out)
+  out = block_api.result_dtype("sampled_matmul", x, preferred_element_type)
+  block_api.check("sampled_matmul", x, at, None)
   if tuple(dy.shape) != (*x.shape[:-1], at.shape[1]):
     raise ValueError(
       f"sampled_matmul: x has shape {tuple(x.shape)} and dy {tuple(dy.shape)}; dy must be {(*x.shape[:-1], at.shape[1])}."
@@ -85,4 +86,4 @@ def which_sampled_matmul(
 @functools.partial(jax.jit, static_argnums=0)
 def _run(call, x, dy, at):
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  return vjp.sampled(call, flat(x), flat(dy), at)
+  return vjp.sampled(call, *_shard_map.vary_together(flat(x), flat(dy), at))

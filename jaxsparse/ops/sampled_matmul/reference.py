@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.arrays import _block_array
+from jaxsparse.ops import _float32_sums
 
 # Numbers that the gathered path holds at a time.
 _CHUNK = 1 << 26
@@ -29,19 +30,19 @@ def reference(x, dy, at: _block_array.BlockArray, out_dtype: Any) -> jax.Array:
 
 def dense(x, dy, at: _block_array.BlockArray, out_dtype: Any) -> jax.Array:
   """One dense dot with float32 accumulation, of which the blocks are taken."""
-  return _take(_dot("bk,bo->ko", x, dy), at).astype(out_dtype)
+  return _take(_float32_sums.einsum("bk,bo->ko", x, dy), at).astype(out_dtype)
 
 
 def xla(x, dy, at: _block_array.BlockArray, out_dtype: Any) -> jax.Array:
   """A batched dot of gathered columns of x and dy; sums are float32. Blocks are taken in chunks where they are many."""
-  bk, bo = at.block_shape
+  (bk, bo), (block_rows, block_cols) = at.block_shape, at.grid
   rows, cols = jnp.asarray(at.rows), jnp.asarray(at.cols)
-  parts = x.reshape(x.shape[0], -1, bk), dy.reshape(x.shape[0], -1, bo)
+  parts = x.reshape(x.shape[0], block_rows, bk), dy.reshape(x.shape[0], block_cols, bo)
 
   def product(position):
     row, col = position
-    out = _dot("bk,bo->ko", parts[0][:, row], parts[1][:, jnp.minimum(col, at.grid[1] - 1)])
-    return jnp.where(col < at.grid[1], out, 0).astype(out_dtype)
+    out = _float32_sums.einsum("bk,bo->ko", parts[0][:, row], parts[1][:, jnp.minimum(col, block_cols - 1)])
+    return jnp.where(col < block_cols, out, 0).astype(out_dtype)
 
   chunk = max(1, _CHUNK // max(1, x.shape[0] * (bk + bo)))
   if chunk >= at.capacity:
@@ -55,9 +56,3 @@ def _take(full, at):
   rows, cols = jnp.asarray(at.rows), jnp.asarray(at.cols)
   taken = tiles[rows, jnp.minimum(cols, block_cols - 1)]
   return jnp.where((cols < block_cols)[:, None, None], taken, 0)
-
-
-def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """An einsum in float32; float32 operands are multiplied as float32, not as TF32."""
-  precision = "highest" if a.dtype == jnp.float32 else None
-  return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
