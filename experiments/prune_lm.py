@@ -28,6 +28,7 @@ import numpy as np
 import optax
 import tqdm
 
+from experiments import compilation
 from experiments import language_models
 from experiments import llama
 from experiments import llama_files
@@ -153,6 +154,7 @@ def prune_model(
     layer_by_layer=config.layer_by_layer,
     gram=pruner.gram,
     cross=pruner.ridge is not None,
+    compiler_options=compilation.untuned(),
   )
   del hidden  # the generator moves its own list on
   errors = []
@@ -166,7 +168,8 @@ def prune_model(
 def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
   """OWL: blocks with more outliers keep more, from statistics of the dense model."""
   ratios = []
-  statistics = calibration.stream_statistics(apply_block, blocks, hidden, llama.LINEARS)
+  options = compilation.untuned()
+  statistics = calibration.stream_statistics(apply_block, blocks, hidden, llama.LINEARS, compiler_options=options)
   for block, of_block in zip(blocks, _bar(statistics, total=len(blocks), unit="block", desc="outliers")):
     scores = [calibration.wanda_scores(block[name], s.norm) for name, s in of_block.items()]
     ratios.append(float(calibration.outlier_ratio(scores, config.allocation.multiple)))
