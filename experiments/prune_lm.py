@@ -29,6 +29,7 @@ import optax
 import tqdm
 
 from experiments import compilation
+from experiments import host_memory
 from experiments import language_models
 from experiments import llama
 from experiments import llama_files
@@ -144,11 +145,12 @@ def prune_model(
   sparsities, scales = None, {}
   if config.allocation.name == "owl":
     sparsities = outlier_sparsities(apply_block, blocks, hidden, config)
+  prune = pruner.callback(sparsities, scales)
   done = calibration.prune_blocks(
     apply_block,
     blocks,
     hidden,
-    pruner.callback(sparsities, scales),
+    _lean(prune) if is_streamed(config) else prune,
     llama.LINEARS,
     sequential=config.sequential,
     layer_by_layer=config.layer_by_layer,
@@ -163,6 +165,18 @@ def prune_model(
     errors.append(block.errors)
     del block  # not held while the next one is pruned
   return errors, scales
+
+
+def _lean(prune):
+  """The same; what calibrating and pruning have freed is not kept for what comes after."""
+
+  def call(weights, statistics):
+    host_memory.give_back()
+    out = prune(weights, statistics)
+    host_memory.give_back()
+    return out
+
+  return call
 
 
 def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
