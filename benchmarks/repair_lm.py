@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
@@ -54,15 +55,31 @@ COLUMNS = (
 )
 
 
-def pruned(pattern, model, rows):
-  """(parameters, masks, structure) by ALPS with corrected targets."""
+class Start(NamedTuple):
+  """A model before repair: its parameters, masks by block, structure, and (test, Brown) perplexities."""
+
+  params: Any
+  masks: Any
+  structure: Any
+  perplexities: list[float]
+
+
+def evaluate(params, model, rows) -> list[float]:
+  return [perplexity.perplexity(params, model.config, part) for part in (rows.test, rows.brown)]
+
+
+def pruned(pattern, model, rows) -> Start:
+  """By ALPS with corrected targets; `dense` as it is."""
+  if pattern == "dense":
+    return Start(model.params, None, None, evaluate(model.params, model, rows))
   config = smollm2_alps.get_config()
   if ":" not in pattern:
     config.structure, config.sparsity = ConfigDict(dict(name="FixedFanIn")), float(pattern)
   part = model._replace(params=model_blocks.prunable(model.params))
   config.batch_size = _BATCH.value or config.batch_size
   prune_lm.prune_model(part, rows.calibration, prune_lm.create_pruner(config), config)
-  return part.params, list(part.params["blocks"].masks()), prune_lm.structure_of(config)
+  masks = list(part.params["blocks"].masks())
+  return Start(part.params, masks, prune_lm.structure_of(config), evaluate(part.params, model, rows))
 
 
 def measure(row, start, model, rows) -> dict:
@@ -74,18 +91,18 @@ def measure(row, start, model, rows) -> dict:
   else:
     options.distill = LOSSES[loss] if loss in LOSSES else float(loss)
   options.attention, options.learning_rate = _ATTENTION.value, _RATE.value or options.learning_rate
-  params, masks, structure = start
-  train = lambda: repair.repair(params, masks, model.params, model.config, rows.training, options, structure=structure)
-  evaluate = lambda p: [perplexity.perplexity(p, model.config, r) for r in (rows.test, rows.brown)]
+  train = lambda: repair.repair(
+    start.params, start.masks, model.params, model.config, rows.training, options, structure=start.structure
+  )
   found = {"row": row, "learning_rate": options.learning_rate, "batch": options.batch_size}
-  found["before"], found["before_brown"] = evaluate(params)
+  found["before"], found["before_brown"] = start.perplexities
   options.steps = 1
   train()  # compiles
   options.steps = int(steps)
   begin = time.perf_counter()
   after, _, losses = jax.block_until_ready(train())
   found["seconds"] = time.perf_counter() - begin
-  found["after"], found["after_brown"] = evaluate(after)
+  found["after"], found["after_brown"] = evaluate(after, model, rows)
   return found | {"first_loss": losses[0], "last_loss": losses[-1]}
 
 
@@ -99,11 +116,10 @@ def main(argv):
     shorter = dataclasses.replace(model.config, layers=_LAYERS.value)
     model = model._replace(config=shorter, params=dict(model.params, blocks=model.params["blocks"][: _LAYERS.value]))
   rows = text_rows.load(model.tokenizer, config.length, _DATA.value or None, training=True)
-  patterns = sorted({row.split("/")[0] for row in _ROWS.value} - {"dense"})
+  patterns = sorted({row.split("/")[0] for row in _ROWS.value})
   at_a_time = len(patterns) if jax.default_backend() == "gpu" else 1  # there, compiling takes longest
-  with futures.ThreadPoolExecutor(max(1, at_a_time)) as pool:
+  with futures.ThreadPoolExecutor(at_a_time) as pool:
     starts = dict(zip(patterns, pool.map(lambda pattern: pruned(pattern, model, rows), patterns)))
-  starts["dense"] = model.params, None, None
   for row in _ROWS.value:
     found = measure(row, starts[row.split("/")[0]], model, rows)
     key = lambda line: (line["row"], line["learning_rate"])

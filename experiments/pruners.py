@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments import compilation
 from jaxsparse import calibration
 from jaxsparse import structures
 
@@ -91,20 +92,19 @@ class Pruner:
   def _prune(self, names, weights, statistics, sparsities):
     label = " ".join(names)
     sparsity = self.sparsity if sparsities is None else sparsities[int(names[0].split("/")[1])]
-    w = weights[0] if len(weights) == 1 else jnp.concatenate(weights, -1)
-    keep = jnp.int32(calibration.keep_units(self.structure, w.shape, sparsity, label))
+    outputs = tuple(part.shape[-1] for part in weights)
+    keep = jnp.int32(calibration.keep_units(self.structure, (weights[0].shape[0], sum(outputs)), sparsity, label))
     arguments = self.arguments
     if self.name == "alps":  # ranked weight by weight, many times: fewer outputs at a time stay in a CPU's cache
-      arguments = arguments | {"splits": tuple(part.shape[-1] for part in weights)}
+      arguments = arguments | {"splits": outputs}
     arguments = tuple(sorted(arguments.items()))
-    pruned, mask = _run(w, statistics, keep, self.ridge, self.name, self.structure, arguments)
-    if not bool(jnp.isfinite(pruned).all()):
+    pruned, finite = _program()(weights, statistics, keep, self.ridge, self.name, self.structure, arguments)
+    if not bool(finite):
       raise FloatingPointError(
         f"{label}: {self.name} gave weights that are not finite; its Gram matrix could not be factored. Calibrate with "
         "more tokens, or with more damping."
       )
-    ends = list(itertools.accumulate(part.shape[-1] for part in weights))[:-1]
-    return list(zip(jnp.split(pruned, ends, -1), jnp.split(mask, ends, -1)))
+    return pruned
 
 
 def magnitude(w, statistics, structure, keep):
@@ -146,11 +146,20 @@ METHODS = {method.__name__: method for method in (magnitude, wanda, dsnot, spars
 _WITH_GRAM = ("sparsegpt", "alps")
 
 
-@functools.partial(jax.jit, static_argnames=("name", "structure", "arguments"))
-def _run(w, statistics, keep, ridge, name, structure, arguments):
+@functools.cache
+def _program():
+  """`_run`, compiled when it is first called: only then is it known for what."""
+  return jax.jit(_run, static_argnames=("name", "structure", "arguments"), compiler_options=compilation.untuned())
+
+
+def _run(weights, statistics, keep, ridge, name, structure, arguments):
+  """((pruned, mask) of each of the weights, which lie side by side meanwhile; whether all of them are finite)."""
+  w = weights[0] if len(weights) == 1 else jnp.concatenate(weights, -1)
   target = w
   if ridge is not None:
     moment = jnp.matmul(statistics.cross, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     target = calibration.corrected_target(w, statistics.gram, moment, ridge)
   pruned, mask = METHODS[name](target, statistics, structure, keep, **dict(arguments))
-  return pruned.astype(w.dtype), mask
+  pruned = pruned.astype(w.dtype)
+  ends = list(itertools.accumulate(part.shape[-1] for part in weights))[:-1]
+  return list(zip(jnp.split(pruned, ends, -1), jnp.split(mask, ends, -1))), jnp.isfinite(pruned).all()

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from experiments import causal_attention
+from experiments import compilation
 from experiments import llama
 from experiments import moving_masks
 import jaxsparse as js
@@ -120,7 +121,8 @@ def _program(
     updates, opt_state = optimizer(share).update(grads, opt_state, trained, rate=rate)
     return optax.apply_updates(trained, updates), opt_state, loss
 
-  return updater, jax.jit(optimizer(0.0).init), jax.jit(step, donate_argnums=(0, 1))
+  compiled = functools.partial(jax.jit, compiler_options=compilation.untuned())
+  return updater, compiled(optimizer(0.0).init), compiled(step, donate_argnums=(0, 1))
 
 
 def _updater(linears, moves):

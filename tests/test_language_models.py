@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from experiments import generate
+from experiments import host_memory
 from experiments import language_models
 from experiments import llama
 from experiments import llama_files
@@ -154,6 +156,18 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tmp_path, rows):
   assert not same_trees(whole[:], params["blocks"])
   with pytest.raises(IndexError):
     packed[2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
+def test_freed_memory_is_given_back():
+  resident = lambda: int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+  many = [bytearray(4000) for _ in range(20_000)]
+  held = bytearray(4000)  # what lies behind keeps the C library from giving back on its own
+  del many
+  before = resident()
+  host_memory.give_back()
+  assert resident() < before - 40e6
+  assert len(held) == 4000
 
 
 def test_a_model_with_a_head_of_its_own_is_read(tmp_path):

@@ -116,6 +116,15 @@ def test_the_dense_model_is_streamed():
     x = apply_plainly(block, x)
 
 
+def test_compiler_options_reach_the_compiler():
+  blocks, hidden = blocks_and_hidden(blocks=1, batches=1)
+  options = {"compiler_options": {"no_such_option": 1}}
+  with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+    list(calibration.stream_statistics(apply_block, blocks, hidden, LINEARS, **options))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+    list(calibration.prune_blocks(apply_block, blocks, hidden, halve, LINEARS, **options))
+
+
 def test_devices_sum_up_to_the_whole():
   blocks, hidden = blocks_and_hidden()
   x = jnp.stack(hidden)  # as if each device had one

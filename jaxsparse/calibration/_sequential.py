@@ -120,6 +120,7 @@ def stream_statistics(
   *,
   gram: bool = False,
   sketch: bool = False,
+  compiler_options: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, _statistics.Statistics]]:
   """Statistics of the unpruned model, one block at a time: for what must be known before pruning starts.
 
@@ -127,11 +128,12 @@ def stream_statistics(
     apply_block, linears, gram, sketch: as in `collect`.
     blocks: parameters of each.
     hidden: batches of the input of the first block.
+    compiler_options: of `jax.jit`, for passes through a block.
 
   Yields:
     For each block, `Statistics` by name. Weights that share an input share them.
   """
-  stream = _Stream(apply_block, linears, gram, sketch)
+  stream = _Stream(apply_block, linears, gram, sketch, compiler_options)
   hidden = list(hidden)
   for block in blocks:
     yield {name: inputs.statistics for names, inputs in stream.collect(block, hidden, advance=True) for name in names}
@@ -149,6 +151,7 @@ def prune_blocks(
   gram: bool = False,
   sketch: bool = False,
   cross: bool = False,
+  compiler_options: Mapping[str, Any] | None = None,
 ) -> Iterator[PrunedBlock]:
   """Prunes a model block by block. One block's statistics and the hidden states are all that is held.
 
@@ -164,6 +167,7 @@ def prune_blocks(
     gram, sketch: parts of `Statistics`.
     cross: whether to sum `Statistics.cross`, between the inputs of the pruned model and those of the dense one, which is
       then run beside it. For `sequential`.
+    compiler_options: of `jax.jit`, for passes through a block.
 
   Yields:
     A `PrunedBlock` for each block.
@@ -174,7 +178,7 @@ def prune_blocks(
   """
   if (cross or layer_by_layer) and not sequential:
     raise ValueError("cross and layer_by_layer compare with pruned layers: they need sequential=True.")
-  stream = _Stream(apply_block, linears, gram, sketch)
+  stream = _Stream(apply_block, linears, gram, sketch, compiler_options)
   hidden = list(hidden)
   beside = list(hidden) if cross else None  # the dense model's stream
   for index, block in enumerate(blocks):
@@ -216,12 +220,13 @@ class _Named:
 class _Stream:
   """Passes of batches through a block, compiled once for all blocks of equal shapes."""
 
-  def __init__(self, apply_block: ApplyBlock, linears: Sequence[str], gram: bool, sketch: bool):
+  def __init__(self, apply_block: ApplyBlock, linears: Sequence[str], gram: bool, sketch: bool, compiler_options: Any):
     self._apply_block, self._linears = apply_block, tuple(linears)
     self._parts = {"gram": gram, "sketch": sketch}
     self._order, self._shapes = {}, {}  # blocks of equal shapes are traced once
-    self._apply = jax.jit(lambda params, x: apply_block(params, x, matmul))
-    self._step = jax.jit(self._one_batch, static_argnames=("only", "advance", "probes"), donate_argnames="so_far")
+    jit = functools.partial(jax.jit, compiler_options=compiler_options)
+    self._apply = jit(lambda params, x: apply_block(params, x, matmul))
+    self._step = jit(self._one_batch, static_argnames=("only", "advance", "probes"), donate_argnames="so_far")
 
   def order(self, params: Any, hidden: Sequence[jax.Array]) -> list[tuple[str, ...]]:
     """Names of the weights that share an input, for each input, as the block uses them."""
