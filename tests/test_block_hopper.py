@@ -43,13 +43,13 @@ KERNEL_CASES = {
   "32, split": dict(block=(32, 32), grid=(4, 4), density=0.5, batch=8, tuning=dict(tile_b=8, split_k=2)),
   "high": dict(block=(256, 64), grid=(1, 2), density=1, batch=8, tuning=dict(tile_b=8)),
   "wide": dict(block=(32, 256), grid=(3, 1), density=0.7, batch=8, tuning=dict(tile_b=8)),
-  # One list is longer than three times the mean, and is cut in parts where a part may be short.
+  # One list is cut in three parts, and those of the last tiles along B come first.
   "skewed": dict(
     block=(64, 128),
-    mask=[[1, 0, 0, 1]] + [[1, 0, 0, 0]] * 7,
+    mask=[[1, 0, 0, 0, 0, 1]] + [[1, 0, 0, 0, 0, 0]] * 11,
     batch=24,
-    least=128,
-    tuning=dict(tile_b=8, grid_width=2),
+    least=256,
+    tuning=dict(tile_b=8, tail=2),
   ),
   "all zero": dict(block=(64, 32), grid=(2, 3), density=0, batch=8, tuning=dict(tile_b=8)),
   "all dense, float16": dict(

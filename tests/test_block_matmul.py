@@ -299,26 +299,27 @@ def test_sampled_plan(side, density):
 def check_parts(plan):
   """Every entry is in one part; parts come longest first, those of a list together, and name the places of their sums."""
   live, lists = int(plan.parts[0]), plan.starts.shape[0] - 1
-  parts, places = plan.parts[1:].reshape(-1, _plan.PART)[:live], []
-  assert lists <= live <= lists + _plan.extra_parts(lists) == (plan.parts.shape[0] - 1) // _plan.PART
-  covered = sorted((begin, end) for _, begin, end, _, _ in parts if begin < end)
+  parts, places = plan.parts[_plan.HEADER :].reshape(-1, _plan.PART)[:live], []
+  assert lists <= live <= lists + _plan.extra_parts(lists) == (plan.parts.shape[0] - _plan.HEADER) // _plan.PART
+  covered = sorted((begin, end) for _, begin, end, *_ in parts if begin < end)
   assert [a for a, _ in covered] == [0, *(b for _, b in covered)][: len(covered)]
   assert max((b for _, b in covered), default=0) == plan.starts[-1]
   i, longest = 0, []
   while i < live:
-    which, begin, _, partials, place = parts[i]
-    assert begin == plan.starts[which]
-    last = i if partials >= 0 else i + int(np.argmax(parts[i:, 3] >= 0))
-    assert (parts[i : last + 1, 0] == which).all() and parts[last, 2] == plan.starts[which + 1]
-    assert parts[last, 3] == last - i and parts[last, 4] == place
-    places += parts[i:last, 4].tolist()
-    longest.append((parts[i : last + 1, 2] - parts[i : last + 1, 1]).max())
-    i = last + 1
+    which, begin, _, _, pieces, place = parts[i]
+    mine = parts[i : i + pieces]
+    assert begin == plan.starts[which] and mine[-1, 2] == plan.starts[which + 1]
+    assert (
+      (mine[:, 0] == which).all() and mine[:, 3].tolist() == list(range(pieces)) and (mine[:, 4:] == mine[0, 4:]).all()
+    )
+    places += range(place, place + pieces - 1)
+    longest.append((mine[:, 2] - mine[:, 1]).max())
+    i += pieces
   assert places == list(range(len(places))) and len(longest) == lists and (np.diff(longest) <= 0).all()
 
 
 @pytest.mark.parametrize(
-  "lengths", [[40, 3, 3, 60, 3, 3, 3, 3, 3, 3, 3, 9], [100, 90, 80, 70] + [1] * 60, [7] * 5, [50], [0, 0]]
+  "lengths", [[60, 3, 3, 90, 3, 3, 3, 3, 3, 3, 3, 9], [100, 90, 80, 70] + [1] * 60, [7] * 5, [50], [0, 0]]
 )
 @pytest.mark.parametrize("depth", [32, 256])
 def test_long_lists_are_cut(lengths, depth):
@@ -326,8 +327,8 @@ def test_long_lists_are_cut(lengths, depth):
   parts = _plan._parts(np, starts, depth)
   np.testing.assert_array_equal(parts, jax.jit(lambda a: _plan._parts(jnp, a, depth))(starts))
   check_parts(_plan.Plan(minor=None, slots=None, starts=starts, parts=parts, units=None))
-  # A list is cut where it is longer than three times the mean, and long enough for that to pay.
-  long = [n for n in lengths if n > max(3 * np.mean(lengths), 1536 / depth)]
+  # There is always room for cuts at three times the mean; short lists are not cut.
+  long = [n for n in lengths if n > max(3 * np.mean(lengths), _plan._LEAST / depth)]
   assert (parts[0] > len(lengths)) == bool(long)
 
 

@@ -301,23 +301,39 @@ def add_from_global(sums, address, at_once: int):
   return accumulator(values, sums.shape)
 
 
-def signal(flag, value, predicate):
-  """Stores an i32 in device memory, after all that this thread knows to be written or read there.
+def signal(flag, predicate):
+  """Adds 1 to an i32 in device memory, after all that this thread knows to be written or read there.
 
   Args:
     flag: byte address, i64.
-    value: i32.
     predicate: i1, which thread.
   """
   told = arith.extui(ir.IntegerType.get_signless(32), predicate)
-  store = "setp.ne.u32 p, $2, 0; @p st.release.gpu.global.u32 [$0], $1;"
-  inline_ptx("{ .reg .pred p; " + store + " }", [flag, value, told], "l,r,r")
+  add = "setp.ne.u32 p, $1, 0; @p red.release.gpu.global.add.u32 [$0], 1;"
+  inline_ptx("{ .reg .pred p; " + add + " }", [flag, told], "l,r")
 
 
 def await_signal(flag, value):
-  """Waits until an i32 at a byte address (i64) in device memory is `value`."""
-  loop = "WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.ne.u32 p, v, $1; @p bra WAIT;"
+  """Waits until an i32 at a byte address (i64) in device memory, which only grows, is `value`."""
+  loop = "WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.lt.u32 p, v, $1; @p bra WAIT;"
   inline_ptx("{ .reg .pred p; .reg .u32 v; " + loop + " }", [flag, value], "l,r")
+
+
+def comes_second(flag, value):
+  """Whether another warpgroup was here before this one, as an i32 that its threads agree on; they meet.
+
+  Waits until an i32 at a byte address (i64) in device memory is `value`, and adds 1: who comes next finds more than that.
+  """
+  told = arith.extui(ir.IntegerType.get_signless(32), is_thread(0))
+  barrier = arith.addi(arith.shrui(thread_index(), const32(7)), const32(1))  # that of `warpgroup_barrier`
+  ptx = (
+    "{ .reg .pred one, more, any; .reg .u32 v; setp.eq.u32 one, $3, 0; mov.u32 v, $2; @one bra MET; "
+    "WAIT: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 more, v, $2; @more bra WAIT; "
+    "atom.acq_rel.gpu.global.add.u32 v, [$1], 1; "
+    "MET: bar.warp.sync 0xffffffff; setp.ne.u32 more, v, $2; "
+    f"barrier.cta.red.or.pred any, $4, {WARPGROUP}, more; selp.u32 $0, 1, 0, any; }}"
+  )
+  return inline_ptx(ptx, [flag, value, told, barrier], "=r,l,r,r,r", ir.IntegerType.get_signless(32))
 
 
 def warpgroup_barrier():

@@ -220,26 +220,42 @@ class Body(tiles.Tiles):
     return count, accumulator
 
   def _finish(self, i, accumulator, at):
-    """The first parts of a list leave their sums in memory; the last one adds them, in their order, and stores."""
+    """Parts of a list meet two by two: who comes first leaves its sums in memory, the other adds them, and the last stores.
+
+    a + b is b + a: whoever comes first, the bits are the same, and nobody waits for a part that is still at work.
+    """
+
+    def meet(carry):
+      index, parts, place, accumulator = carry
+      alone = lambda accumulator: (jnp.int32(1), accumulator)
+      pair = lambda accumulator: self._meet(at, index, place + tiles.div(index, 2), accumulator)
+      goes_on, accumulator = lax.cond((index ^ 1) < parts, pair, alone, accumulator)
+      return tiles.div(index, 2), goes_on * tiles.div(parts + 1, 2), place + tiles.div(parts, 2), accumulator
+
+    start = (at.index, at.parts, at.place, accumulator)
+    _, parts, _, accumulator = lax.while_loop(lambda carry: carry[1] > 1, meet, start)
+    mg.pl.when(parts == 1)(lambda: self._store(i, accumulator, at))
+
+  def _meet(self, at, index, place, accumulator):
+    """(1 or 0: whether this part goes on, sums of both if it does)."""
+    sums, flag, turn = self.sums_of(at, place)
     on_gpu = self.launch.interpret is None
 
-    @mg.pl.when(at.partials < 0)
-    def _leave():
-      sums, flag, turn = self.sums_of(at, 0)
+    def leave(accumulator):
       if on_gpu:
-        device.leave_sums()(accumulator, flag, turn, sums)
+        device.leave_sums()(accumulator, flag, sums)
       else:
         sums[...] = accumulator.reshape(-1)
+      return accumulator
 
-    @mg.pl.when(at.partials >= 0)
-    def _complete():
-      def add(part, accumulator):
-        sums, flag, turn = self.sums_of(at, part)
-        if on_gpu:
-          return device.add_sums(self.t.tile_b)(accumulator, flag, turn + 1, sums)
-        return accumulator + sums[...].reshape(accumulator.shape)
+    def add(accumulator):
+      if on_gpu:
+        return device.add_sums(self.t.tile_b)(accumulator, flag, turn + tiles.WRITTEN, sums)
+      return accumulator + sums[...].reshape(accumulator.shape)
 
-      self._store(i, lax.fori_loop(0, at.partials, add, accumulator), at)
+    # The interpreter's one block of threads takes parts in their order.
+    second = device.comes_second()(flag, turn) if on_gpu else tiles.rem(index, 2)
+    return second, lax.cond(second == 1, add, leave, accumulator)
 
   def _store(self, i, accumulator, at):
     """Sums `[64, tile_b]` -> y[rows of the tile, outputs of this warpgroup]."""

@@ -6,7 +6,7 @@ from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.nm_matmul import _hopper_device as nm_device
 
 ROWS = 64  # outputs of a warpgroup: what one wgmma covers
-_AT_ONCE = 8  # loads of four sums that a thread has in flight: beside the accumulator there are registers for so many
+_AT_ONCE = 12  # loads of four sums that a thread has in flight: beside the accumulator there are registers for so many
 
 
 def fetch(cluster):
@@ -68,28 +68,39 @@ def interpreted_product(w, x, transposed, present):
   return jnp.dot(w, x.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
 
 
-def leave_sums():
-  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, leaves sums in device memory, sets it to turn + 1."""
+def comes_second():
+  """`(flag, turn)` -> 1 if another part of a list was here since the flag became `turn`, which is waited for; else 0."""
   plgpu = mg.plgpu
 
-  def leave(_, accumulator, flag, turn, sums):
-    _await(flag, turn)
-    nm_device.write_sums(accumulator, sums)
-    _pass(flag, turn)
+  def come(_, flag, turn):
+    second = mg.comes_second(mg.global_address(flag), turn.registers.item())
+    return turn.splat(second, (), turn.layout, is_signed=True)
 
-  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()))(
-    leave
-  )
+  scalar = plgpu.Layout.WG_SPLAT(())
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(), scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar)
+  )(come)
+
+
+def leave_sums():
+  """`(accumulator, flag, sums)`: leaves sums in device memory, and signals."""
+  plgpu = mg.plgpu
+
+  def leave(_, accumulator, flag, sums):
+    nm_device.write_sums(accumulator, sums)
+    _signal(flag)
+
+  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType()))(leave)
 
 
 def add_sums(tile_b):
-  """`(accumulator, flag, turn, sums)`: waits until the flag is `turn`, adds what lies in device memory, sets it to turn + 1."""
+  """`(accumulator, flag, written, sums)`: waits until the flag is `written`, adds what lies in device memory, and signals."""
   plgpu = mg.plgpu
 
-  def add(_, accumulator, flag, turn, sums):
-    _await(flag, turn)
+  def add(_, accumulator, flag, written, sums):
+    mg.await_signal(mg.global_address(flag), written.registers.item())
     accumulator = mg.add_from_global(accumulator, nm_device.sums_address(sums), _AT_ONCE)
-    _pass(flag, turn)
+    _signal(flag)
     return accumulator
 
   return plgpu.inline_mgpu(
@@ -98,10 +109,6 @@ def add_sums(tile_b):
   )(add)
 
 
-def _await(flag, turn):
-  mg.await_signal(mg.global_address(flag), turn.registers.item())
-
-
-def _pass(flag, turn):
+def _signal(flag):
   mg.warpgroup_barrier()  # all threads have written, or read
-  mg.signal(mg.global_address(flag), mg.arith.addi(turn.registers.item(), mg.const32(1)), mg.is_thread(0))
+  mg.signal(mg.global_address(flag), mg.is_thread(0))

@@ -1,7 +1,8 @@
 """Which tile of the block-sparse matmul a block of threads works on next, and where parts of a list leave their sums.
 
 Blocks of threads persist and take their tiles from a counter, in the order of the plan: stripes along B, in each of which
-all parts of lists come, longest first. What runs at a time then shares x in the L2 cache, and short tiles come last.
+all parts of lists come, longest first. What runs at a time then shares x in the L2 cache. The long tiles of the last stripes
+come before the short ones of these, as many stripes as are done while one works on the longest tile: nobody begins it last.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from jaxsparse.ops.block_matmul._tile_queue import div
 from jaxsparse.ops.block_matmul._tile_queue import rem
 
 WARPGROUPS = 2  # that multiply
+WRITTEN = 3  # what is added to a flag until there are sums and somebody to add them
 _AHEAD = 128  # of the sum are left to be loaded when the next tile is taken
-_STRIPES = 4  # that have places of their own for sums of parts: few, so that these stay in the L2 cache
 
 
 class Tile(NamedTuple):
@@ -31,7 +32,7 @@ class Tile(NamedTuple):
     sub: which 128 outputs of the list.
     b: first row of x.
     begin, end: its entries.
-    partials: how many other parts of the list have to be added; -1: this one will be added to another one.
+    index, parts: which part of its list this is, of how many.
     place: of the first of their sums.
   """
 
@@ -41,7 +42,8 @@ class Tile(NamedTuple):
   b: Any
   begin: Any
   end: Any
-  partials: Any
+  index: Any
+  parts: Any
   place: Any
 
 
@@ -88,9 +90,14 @@ class Grid:
     return places, WARPGROUPS, ROWS * self.t.tile_b
 
   @property
+  def tail(self) -> int:
+    """At most so many tiles along B, or clusters of them, are visited together at the end."""
+    return min(self.across, max(1, self.t.tail // self.cluster))
+
+  @property
   def turns(self) -> int:
-    """After so many tiles along B, a place for sums is used again."""
-    return min(self.across, max(self.t.grid_width, _STRIPES)) * self.cluster
+    """After so many tiles along B, a place for sums is used again: those of the tail have places of their own."""
+    return self.tail * self.cluster
 
   @property
   def counters(self) -> int:
@@ -109,34 +116,40 @@ class Tiles(_tile_queue.Queue):
   def __init__(self, launch: Grid, refs: dict[str, Any], smem: dict[str, Any]):
     self.t, self.live = launch.t, refs["parts"][0]
     super().__init__(launch, refs, smem, self.live * (launch.tiles_of_list * launch.across * self.t.split_k))
+    self.heavy = refs["parts"][1] * launch.tiles_of_list
+    at_once = launch.cluster * launch.tiles_of_list
+    self.tail = jnp.clip(div(refs["parts"][2] + at_once - 1, at_once), 1, launch.tail)
 
   def tile_of(self, item) -> Tile:
     launch, across, split_k = self.launch, self.launch.across, self.t.split_k
     groups = self.live * launch.tiles_of_list
     split = lax.div(item, groups * across) if split_k > 1 else 0
     item = item - split * (groups * across)
-    width = min(self.t.grid_width, across)
-    stripe = lax.div(item, groups * width)
-    inside = item - stripe * groups * width
-    in_stripe = jnp.minimum(width, across - stripe * width)
-    at = lax.div(inside, in_stripe) if width > 1 else inside
-    b = stripe * width + (lax.rem(inside, in_stripe) if width > 1 else 0)
+    # All tiles of the first stripes, then long ones of the last stripes, then all others of these.
+    first, heavy = across - self.tail, self.heavy
+    late, burst = item - first * groups, self.tail * heavy
+    early, light = late < 0, late >= burst
+    size = jnp.where(early, groups, jnp.where(light, groups - heavy, heavy))
+    item = jnp.where(early, item, jnp.where(light, late - burst, late))
+    b = div(item, size)  # the only division: it takes its time in every tile
+    at = item - b * size + jnp.where(light, heavy, 0)
+    b = b + jnp.where(early, 0, first)
     if launch.cluster > 1:
       b = b * launch.cluster + lax.axis_index("member")
-    part = 1 + div(at, launch.tiles_of_list) * _plan.PART
-    which, begin, end, partials, place = (self.refs["parts"][part + j] for j in range(_plan.PART))
+    part = _plan.HEADER + div(at, launch.tiles_of_list) * _plan.PART
+    which, begin, end, index, parts, place = (self.refs["parts"][part + j] for j in range(_plan.PART))
     if split_k > 1:
       begin, end = (begin + div((end - begin) * s, split_k) for s in (split, split + 1))
-    return Tile(split, which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, partials, place)
+    return Tile(split, which, rem(at, launch.tiles_of_list), b * self.t.tile_b, begin, end, index, parts, place)
 
-  def sums_of(self, at: Tile, part):
-    """Where part `part` of the list leaves its sums of this tile, the flag of that place, and what it is when it is free.
+  def sums_of(self, at: Tile, place):
+    """Where two parts meet: their sums, the flag, and what that is when the place is free.
 
-    Sums are there when the flag is one more, and added when it is two more. Whoever waits for it waits for parts that
-    were handed out earlier, so that somebody always goes on.
+    Both add 1 when they come, and 1 when they have written, or read. Whoever waits for it waits for parts that were
+    handed out earlier, so that somebody always goes on.
     """
     launch, b = self.launch, div(at.b, self.t.tile_b)
-    place = (at.split * launch.extra + at.place + part) * launch.turns + rem(b, launch.turns)
+    place = (at.split * launch.extra + place) * launch.turns + rem(b, launch.turns)
     index = place * launch.tiles_of_list + at.sub
     flag = self.refs["counter"].at[1 + index * WARPGROUPS + self.warpgroup]
-    return self.refs["sums"].at[index, self.warpgroup], flag, 2 * div(b, launch.turns)
+    return self.refs["sums"].at[index, self.warpgroup], flag, 4 * div(b, launch.turns)

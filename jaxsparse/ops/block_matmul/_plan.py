@@ -20,12 +20,13 @@ UNIT = 64
 SAMPLED_COLUMNS = 256  # of the sampled product's tile, to each warpgroup
 _FLAT_BELOW = {64: 0.2, 32: 0.3}  # density, by height of blocks; measured at 8192^3; see `sampled_height`
 _FLAT_STRIPES = 3  # stripes of flat tiles, relative to those of others; measured, at 1 to 6
-PART = 5  # numbers to a part of a list
+HEADER, PART = 3, 6  # numbers before all parts of lists, and to each of them
 # A list is cut in parts of at most so many times the mean length: the first of these for which there is room, and there always
-# is for the last. Measured: adding a part costs as much as 10 us of work. So no list as short as _LEAST rows of the sum is
-# cut, and twice the mean is too little.
-_CUTS = (3, 4)
-_LEAST = 1536
+# is for the last. Measured: what is cut finer shares more of x in the L2 cache, but parts that meet cost as much as 10 us of
+# work, so no list as short as _LEAST rows of the sum is cut.
+_CUTS = (1.5, 2, 3)
+_LEAST = 2560
+_TILE_COST = 192  # what a tile costs beside its steps, in rows of the sum
 HEAD_ROWS = 29  # rows in a line of `Plans.heads`, which so has 128 bytes
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
@@ -41,9 +42,10 @@ class Plan(NamedTuple):
     slots: `[N * S]`, for every entry the slot of the block in each of the S block columns of the list; the capacity N
       where there is none.
     starts: `[lists + 1]`, of the lists in `minor`.
-    parts: `[1 + 5 P]`: how many parts of lists there are, then of each, longest first and those of one list together:
-      (list, first entry, one past the last, partials, place). Parts but the last of a list leave their sums at `place`,
-      and have partials = -1; the last one adds `partials` of them, from `place` on. A list that is not long is one part.
+    parts: `[3 + 6 P]`: how many parts of lists there are, how many of them are longer than 1.5 times the mean of lists, and
+      how many rounds of all of them the longest one takes; then of each, longest first and those of one list together:
+      (list, first entry, one past the last, index, parts, place). The parts of a list, numbered by index, meet at places
+      for their sums, one less than there are parts, from `place` on.
     units: `[2 * lists]`, where blocks are narrower than a tile: which 64 columns of the result each half of a tile is. The
       last one may lie outside of the result.
   """
@@ -133,7 +135,7 @@ def sampled_entries(bo: int, height: int) -> int:
 
 def extra_parts(lists: int) -> int:
   """Parts that long lists may be cut into, beside one for every list."""
-  return -(-lists // _CUTS[-1])
+  return -(-lists // int(_CUTS[-1]))
 
 
 def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
@@ -247,14 +249,15 @@ def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) 
 
 def _parts(xp, starts, depth):
   """`Plan.parts`: long lists are cut, so that tiles of one stripe of x run at about the same time."""
-  counts = starts[1:] - starts[:-1]
+  counts, total = starts[1:] - starts[:-1], starts[-1]
   lists = counts.shape[0]
   room, least = extra_parts(lists), -(-_LEAST // depth)
   # These numbers are small: quotients in float32 are as good as those of integers, and a third of the operations. But XLA's
   # on a GPU are off by an ulp, so a half keeps dividends away from multiples of the divisor.
   as32 = lambda a: a.astype(np.int32)
   ceil_div, floor_div = lambda a, b: xp.ceil((a - 0.5) / b), lambda a, b: as32(xp.floor((a + 0.5) / b))
-  most = xp.maximum(least, ceil_div(np.array(_CUTS, np.int32) * starts[-1], lists))  # of a part, for each of the cuts
+  # Of a part, for each of the cuts; in halves, so that these are integers.
+  most = xp.maximum(least, ceil_div(np.array([2 * cut for cut in _CUTS], np.int32) * total, 2 * lists))
   pieces = xp.maximum(1, as32(ceil_div(counts, most[:, None])))
   pieces = pieces[xp.argmax((pieces - 1).sum(1) <= room)]
   order = xp.argsort(-(counts / pieces), stable=True)
@@ -265,11 +268,13 @@ def _parts(xp, starts, depth):
   pieces, before = pieces[rank], ends[rank] - pieces[rank]
   of_list = part - before
   begin, end = (starts[rank] + floor_div(counts[rank] * p, pieces) for p in (of_list, of_list + 1))
-  leaves = of_list < pieces - 1
-  # Every list before has a last part, which leaves no sums.
-  place = before - rank + xp.where(leaves, of_list, 0)
-  parts = xp.stack([order[rank], begin, end, xp.where(leaves, -1, pieces - 1), place], 1)
-  return as32(xp.concatenate([ends[-1:], parts.reshape(-1)]))
+  place = before - rank  # all lists before need one place less than they have parts
+  parts = xp.stack([order[rank], begin, end, of_list, pieces, place], 1)
+  heavy = xp.sum((part < ends[-1]) & (2 * lists * counts[rank] > 3 * total * pieces))
+  # So often do all multiprocessors together do all parts, while one of them does the longest.
+  tile = _TILE_COST / depth
+  rounds = ceil_div((end[0] - begin[0] + tile) * _SMS, total + tile * ends[-1])
+  return as32(xp.concatenate([xp.stack([ends[-1], heavy, rounds]), parts.reshape(-1)]))
 
 
 def _items(xp, plan, minors, piece, wide):

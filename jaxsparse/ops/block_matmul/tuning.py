@@ -20,7 +20,7 @@ class Tuning:
     tile_b: rows of x to a tile; a multiple of 8, at most 256.
     stages: pipeline steps in shared memory.
     split_k: parts of every list of blocks that are computed apart and then added.
-    grid_width: tiles along B that are visited for all block columns before the next ones.
+    tail: of at most so many tiles along B, the last ones, the long tiles are visited before the others.
     cluster: tiles along B that are computed side by side and share what is loaded of w: 1, 2 or 4.
     epilogue_n: rows of x stored at a time; 0 for a default.
     epilogue_slots: stores in flight for each warpgroup.
@@ -32,7 +32,7 @@ class Tuning:
   tile_b: int
   stages: int = 4
   split_k: int = 1
-  grid_width: int = 4
+  tail: int = 8
   cluster: int = 1
   epilogue_n: int = 0
   epilogue_slots: int = 2
@@ -44,8 +44,8 @@ class Tuning:
       object.__setattr__(self, "epilogue_n", _epilogue_n(self.tile_b))
     if self.epilogue_n % 8 or self.epilogue_n < 8:
       raise ValueError(f"{self} needs epilogue_n to be a positive multiple of 8.")
-    if min(self.stages, self.split_k, self.grid_width, self.epilogue_slots) < 1 or self.stages > 32:
-      raise ValueError(f"{self} needs stages in [1, 32], and split_k, grid_width and epilogue_slots of at least 1.")
+    if min(self.stages, self.split_k, self.tail, self.epilogue_slots) < 1 or self.stages > 32:
+      raise ValueError(f"{self} needs stages in [1, 32], and split_k, tail and epilogue_slots of at least 1.")
     if self.cluster not in (1, 2, 4):
       raise ValueError(f"{self} needs a cluster of 1, 2 or 4.")
     if self.shared_bytes() > SHARED_BYTES:
@@ -91,7 +91,7 @@ def best_tuning(batch: int, outputs: int, blocks: float, depth: int, size: int) 
   # tiles are short. Narrower blocks share less: few of them are in the same rows. Blocks of 32 lose always.
   pays = size >= 64 and steps > (11 if size >= TILE else 22)
   cluster = 2 if pays and across % 2 == 0 and split == 1 and tiles >= 2 * _SMS else 1
-  return Tuning(tile_b, stages, split, 1, cluster)
+  return Tuning(tile_b, stages, split, cluster=cluster)
 
 
 def _epilogue_n(tile_b: int) -> int:
