@@ -171,7 +171,7 @@ def test_machine_code(name, product, tmp_path, monkeypatch):
   (ptx,) = (path.read_text() for path in tmp_path.glob("*.ptx"))
   (report,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
   assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "k16.f32.bf16.bf16" in ptx
-  assert ("st.shared::cluster.v4.f32" in ptx) == ("few rows" in name)  # two share a list and send each other sums
+  assert ("st.shared::cluster.v4.f32" in ptx) == ("few rows" in name and product != "sampled")  # two share a list
   assert "for 'sm_90a'" in report and "C7510" not in report
   assert int(report.split(" bytes spill stores")[0].split()[-1]) == 0, report
 

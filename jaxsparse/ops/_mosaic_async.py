@@ -48,10 +48,13 @@ def arrive(words, index: _words.Word, predicate) -> None:
   _words.asm(ptx, "", [_words.Word(mg.shared_address(words)) + index * 8, _words.select(predicate, 1, 0)])
 
 
-def expect_bytes(words, index: _words.Word, count: int) -> None:
+def expect_bytes(words, index: _words.Word, count: int | _words.Word) -> None:
   """Arrives at barrier `index` of `words`, whose phase ends when so many bytes have come; for one thread."""
-  ptx = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {count};"
-  _words.asm(ptx, "", [_words.Word(mg.shared_address(words)) + index * 8])
+  barrier, count = (
+    _words.Word(mg.shared_address(words)) + index * 8,
+    _words.Word(count) if isinstance(count, int) else count,
+  )
+  _words.asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", [barrier, count])
 
 
 def leader():
@@ -59,7 +62,14 @@ def leader():
   return utils.single_thread_predicate(scope=utils.ThreadSubset.WARPGROUP)
 
 
-def copy_tile(ctx, source, target, window, row: int, words, index, swizzle: int, slabs: int | None = None) -> None:
+def elected():
+  """i1: one thread of the warp."""
+  return nvvm.elect_sync()
+
+
+def copy_tile(
+  ctx, source, target, window, row, words, index, swizzle: int, slabs: int | None = None, order=None
+) -> None:
   """Begins to copy a window of device memory, filled with zeros outside of `source`; for one thread.
 
   Args:
@@ -67,10 +77,11 @@ def copy_tile(ctx, source, target, window, row: int, words, index, swizzle: int,
     source: an operand of the kernel.
     target: in shared memory.
     window: an index or (first, size) for every axis of `source`; i32.
-    row: of `target`'s first axis, where the window begins.
+    row: of `target`'s first axis, where the window begins; a `Word` where an order is given.
     words, index: the barrier that it completes on.
     swizzle: 128, 64 or 32.
     slabs: the last axis of the window is split into parts of this length, which become the first axis.
+    order: of the window's axes in `target`; the first has size 1.
   """
   as_index = lambda i: arith.index_cast(ir.IndexType.get(), i)
   window = tuple(utils.ds(as_index(w[0]), w[1]) if isinstance(w, tuple) else as_index(w) for w in window)
@@ -78,9 +89,12 @@ def copy_tile(ctx, source, target, window, row: int, words, index, swizzle: int,
   if slabs is not None:
     rows = window[-1].length // slabs
     transform = (launch_context.TileTransform((slabs,)), launch_context.TransposeTransform((1, 0, 2)))
+  if order is not None:
+    transform = (launch_context.TransposeTransform(order),)
+  place = slice(row, row + rows) if order is None else utils.ds(as_index(row.v), 1)
   ctx.async_copy(
     src_ref=source,
-    dst_ref=utils.memref_slice(target, slice(row, row + rows)),
+    dst_ref=utils.memref_slice(target, place),
     gmem_slice=window,
     gmem_transform=transform,
     barrier=utils.BarrierRef(utils.memref_ptr(words), index, None, 1),

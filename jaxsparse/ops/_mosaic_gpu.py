@@ -296,6 +296,11 @@ def as_i32(register):
   return llvm.bitcast(ir.IntegerType.get_signless(32), register)
 
 
+def splat(value):
+  """An i32 as what `inline_mgpu` returns for a scalar."""
+  return _fragments.FragmentedArray.splat(value, (), is_signed=True)
+
+
 def extract(register, index: int):
   """Entry `index` of a register that is a vector."""
   return llvm.extractelement(register, const32(index))

@@ -91,6 +91,16 @@ def select(condition, a, b):
   )
 
 
+def shift_left(value: int, by: Word):
+  """value << by."""
+  return Word(value) << by
+
+
+def population_count(word: Word):
+  """How many bits are set."""
+  return asm("popc.b32 $0, $1;", "r", [word], effects=False)[0]
+
+
 def _constraint(kind):
   return "f" if kind == f32() else {16: "h", 32: "r", 64: "l"}[ir.IntegerType(kind).width]
 

@@ -35,6 +35,8 @@ from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _decode
 from jaxsparse.ops.block_matmul import _hopper_body as body
 from jaxsparse.ops.block_matmul import _hopper_once as once
+from jaxsparse.ops.block_matmul import _narrow
+from jaxsparse.ops.block_matmul import _narrow_plan
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import tuning as tunings
 from jaxsparse.ops.block_matmul._hopper_tiles import WARPGROUPS
@@ -87,7 +89,8 @@ def block_matmul_hopper(
     w: `[K, O]`, blocks of x's dtype with sides of 32, 64, 128 or 256.
     transposed: which product.
     out_dtype: bfloat16, float16 or float32; x's dtype by default.
-    tuning: a `tuning.Tuning`; chosen from the shape by default: then `x @ w` for few rows is `_decode`'s.
+    tuning: a `tuning.Tuning`, or a `_narrow.Tuning` for the other kernel of blocks of 32 x 32; chosen from the shape by
+      default: then `x @ w` for few rows is `_decode`'s.
     interpret: a `_mosaic_gpu.Interpret` to run on a CPU with a plain dot in place of the tensor cores.
 
   Returns:
@@ -106,10 +109,15 @@ def block_matmul_hopper(
   few_rows = tunings.takes_few_rows(x.shape[0], w.shape[1], min(w.block_shape), w.density)
   if tuning is None and not transposed and few_rows and plans.heads is not None:
     return _decode.block_matmul_decode(x, w, plans.heads, out_dtype=out_dtype, interpret=interpret)
-  plan = plans.transposed if transposed else plans.forward
   outputs = w.shape[0] if transposed else w.shape[1]
   if tuning is None:
     tuning = tuning_for(x.shape[0], w, transposed)
+  if isinstance(tuning, _narrow.Tuning):
+    if w.block_shape != (_narrow_plan.SIZE,) * 2:
+      raise ValueError(f"{tuning} is for blocks of 32x32; these are {w.block_shape[0]}x{w.block_shape[1]}.")
+    options = dict(transposed=transposed, out_dtype=out_dtype, tuning=tuning, interpret=interpret)
+    return _narrow.matmul(x, w.blocks, _narrow_plan.plan_of(w, transposed), outputs, **options)
+  plan = plans.transposed if transposed else plans.forward
   # The interpreter knows no clusters: there, what they add up is added here.
   apart = interpret is not None and tuning.split_k > 1
   stored = jnp.dtype(jnp.float32) if apart else out_dtype
@@ -122,13 +130,15 @@ def block_matmul_hopper(
   return run(x, w.blocks, *lists, counter)[0]
 
 
-def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tunings.Tuning:
-  """The tiles that a product gets where none are named."""
+def tuning_for(batch: int, w: _block_array.BlockArray, transposed: bool) -> tunings.Tuning | _narrow.Tuning:
+  """The tiles that a product gets where none are named; their type says which of the two kernels it gets."""
   depth, size = w.block_shape[::-1] if transposed else w.block_shape
   # Narrower blocks share a tile, which walks over all rows where one of them has a block.
   share = 1 - (1 - min(w.density, 1)) ** max(1, tunings.TILE // size)
   blocks = share * w.grid[1 if transposed else 0]
   outputs = w.shape[0] if transposed else w.shape[1]
+  if _narrow.pays(batch, outputs, w.block_shape, w.density):
+    return _narrow.Tuning()
   longest = None
   if w.static:
     plans = _plan.plans_of(w)

@@ -14,10 +14,11 @@ from jax import lax
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _hopper_device as device
 from jaxsparse.ops.block_matmul import _hopper_tiles as tiles
+from jaxsparse.ops.block_matmul import _tile_queue
 from jaxsparse.ops.block_matmul import tuning as tunings
 from jaxsparse.ops.block_matmul._hopper_device import ROWS
 from jaxsparse.ops.block_matmul._hopper_tiles import WARPGROUPS
-from jaxsparse.ops.block_matmul._hopper_tiles import rem
+from jaxsparse.ops.block_matmul._tile_queue import rem
 from jaxsparse.ops.nm_matmul import _hopper_device as nm_device
 
 
@@ -104,7 +105,7 @@ class Launch(tiles.Grid):
       out_smem=plgpu.SMEM(out, self.out_dtype, transforms=self.out_transforms),
       full=plgpu.Barrier(num_arrivals=self.x_copies + WARPGROUPS * self.w_copies, num_barriers=t.stages),
       empty=barrier(num_arrivals=WARPGROUPS, num_barriers=t.stages),
-      **tiles.scratch(barrier),
+      **_tile_queue.scratch(barrier, WARPGROUPS),
     )
 
 

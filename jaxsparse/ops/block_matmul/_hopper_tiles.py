@@ -11,26 +11,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ops import _mosaic_gpu as mg
-from jaxsparse.ops.block_matmul import _hopper_device as device
 from jaxsparse.ops.block_matmul import _plan
+from jaxsparse.ops.block_matmul import _tile_queue
 from jaxsparse.ops.block_matmul import tuning as tunings
 from jaxsparse.ops.block_matmul._hopper_device import ROWS
+from jaxsparse.ops.block_matmul._tile_queue import div
+from jaxsparse.ops.block_matmul._tile_queue import rem
 
 WARPGROUPS = 2  # that multiply
 WRITTEN = 3  # what is added to a flag until there are sums and somebody to add them
-_QUEUE = 4  # tiles that the loading warpgroup may be ahead of the others
 _AHEAD = 128  # of the sum are left to be loaded when the next tile is taken
-
-
-def div(a, b):
-  """a // b of an int32 that is not negative; `//` would add instructions for those that are."""
-  return lax.div(a, jnp.int32(b))
-
-
-def rem(a, b):
-  """a % b, likewise."""
-  return lax.rem(a, jnp.int32(b))
 
 
 class Tile(NamedTuple):
@@ -118,76 +108,15 @@ class Grid:
     return max(1, _AHEAD // self.depth)
 
 
-def scratch(barrier) -> dict[str, Any]:
-  """Shared memory and barriers of the queue."""
-  return dict(
-    queue=mg.plgpu.SMEM((_QUEUE,), jnp.int32),
-    fetched=barrier(num_arrivals=1, num_barriers=_QUEUE),
-    taken=barrier(num_arrivals=WARPGROUPS + 1, num_barriers=_QUEUE),
-  )
-
-
-class Tiles:
+class Tiles(_tile_queue.Queue):
   """The tiles of a block of threads, while the kernel is traced; arguments as for `_hopper_body.Body`."""
 
   def __init__(self, launch: Grid, refs: dict[str, Any], smem: dict[str, Any]):
-    self.launch, self.t, self.refs, self.smem = launch, launch.t, refs, smem
-    self.warpgroup = lax.axis_index("warpgroup")
-    self.live = refs["parts"][0]
+    self.t, self.live = launch.t, refs["parts"][0]
+    super().__init__(launch, refs, smem, self.live * (launch.tiles_of_list * launch.across))
     self.heavy = refs["parts"][1] * launch.tiles_of_list
     at_once = launch.cluster * launch.tiles_of_list
     self.tail = jnp.clip(div(refs["parts"][2] + at_once - 1, at_once), 1, launch.tail)
-    # The first tiles are handed out by index, but not all clusters may run at once.
-    self.base = 0 if launch.cluster > 1 else launch.threads
-
-  def arrive(self, barrier):
-    if self.launch.cluster > 1:  # there, one thread signals for its warpgroup
-      device.synchronize()()
-    mg.plgpu.barrier_arrive(barrier)
-
-  def walk(self, body, loads: bool):
-    """Runs `body(i, tile, steps so far, publish) -> steps so far` for all tiles; returns the steps.
-
-    Who loads calls `publish` in between: it takes the next tile for all warpgroups.
-    """
-    work = self.live * (self.launch.tiles_of_list * self.launch.across)
-
-    def one(carry):
-      i, item, count = carry
-      count = body(i, self.tile_of(item), count, lambda: self._publish(i, item))
-      return i + 1, self._read(i), count
-
-    start, item = jnp.int32(0), lax.axis_index("block")
-    if self.launch.cluster > 1:
-      if loads:
-        self._publish(start, item)
-      start, item = start + 1, self._read(start)
-    return lax.while_loop(lambda carry: carry[1] < work, one, (start, item, jnp.int32(0)))[2]
-
-  def free_queue(self):
-    for slot in range(_QUEUE):
-      self.arrive(self.smem["taken"].at[slot])
-
-  def drain_queue(self):
-    for slot in range(_QUEUE):
-      mg.plgpu.barrier_wait(self.smem["taken"].at[slot])
-
-  def _publish(self, i, item):
-    slot = rem(i, _QUEUE)
-    place = self.smem["queue"].at[slot]
-    mg.plgpu.barrier_wait(self.smem["taken"].at[slot])
-    if self.launch.interpret is None:
-      device.fetch(self.launch.cluster)(self.refs["counter"], place)
-    else:
-      self.smem["queue"][slot] = item + self.launch.threads - self.base
-    self.arrive(self.smem["fetched"].at[slot])
-
-  def _read(self, i):
-    slot = rem(i, _QUEUE)
-    mg.plgpu.barrier_wait(self.smem["fetched"].at[slot])
-    item = self.smem["queue"][slot] + self.base
-    self.arrive(self.smem["taken"].at[slot])
-    return item
 
   def tile_of(self, item) -> Tile:
     launch, across = self.launch, self.launch.across

@@ -89,12 +89,15 @@ class Plans(NamedTuple):
     sampled: lists of block rows in pieces.
     heads: int32 `[block columns, 32]`, longest list first, for few rows of x: the column, the slot of its first block, how
       many there are, and the rows of the first of them. None where blocks are not in a `BlockArray`'s order.
+    narrow: `NarrowPlan` of the forward and of the transposed product, where blocks are such that the kernel for many narrow
+      blocks may be taken; else None.
   """
 
   forward: Plan
   transposed: Plan
   sampled: Sampled
   heads: Any
+  narrow: Any = None
 
 
 def plans_of(w: _block_array.BlockArray, ordered: bool = True) -> Plans:
@@ -154,7 +157,11 @@ def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
   forward = _plan(xp, live, rows, block_rows, bk, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, bo, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
   sampled = _sampled(xp, live, rows, cols, grid, block_shape, transposed)
-  return Plans(forward, transposed, sampled, _heads(xp, rows, cols, block_cols) if ordered else None)
+  from jaxsparse.ops.block_matmul import _narrow_plan  # it is made of functions from here
+
+  many = block_shape == (_narrow_plan.SIZE,) * 2 and rows.shape[0] >= _narrow_plan.PAYS_FROM * block_rows * block_cols
+  narrow = _narrow_plan.pair(xp, rows, cols, grid) if many else None
+  return Plans(forward, transposed, sampled, _heads(xp, rows, cols, block_cols) if ordered else None, narrow)
 
 
 def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
