@@ -36,8 +36,13 @@ TUNINGS = {
   "empty row": (64, 64, 2, 2),
   # ... and for a list that its line does not hold, of which a second block of threads has the end.
   "long": (32, 64, 2, 2),
+  # ... and for one that is cut, beside lists that are not, one of them empty.
+  "cut": (32, 128, 2),
 }
-CASES = KERNEL_CASES | {"long": dict(block=(32, 32), grid=(40, 1), density=0.95, batch=11, tuning={})}
+CASES = KERNEL_CASES | {
+  "long": dict(block=(32, 32), grid=(40, 1), density=0.95, batch=11, tuning={}),
+  "cut": dict(block=(32, 32), mask=[[1, 0, 1, 0]] + [[1, 0, 0, 0]] * 49, batch=5, tuning={}),
+}
 
 
 @needs_pallas
@@ -47,6 +52,7 @@ def test_interpreted(name):
   x, w, dy = kernel_case(options, len(name) % 2 == 0)  # with and without room to spare
   out = jnp.float32 if name in ("128", "32, split", "empty row") else None
   heads, tuning = _plan.plans_of(w).heads, _decode.Tuning(*TUNINGS[name])
+  assert (lines_of(w)[3] > 1).any() == (name == "cut")
   y = interpreted(_decode.block_matmul_decode, x, w, heads, tuning=tuning, out_dtype=out)
   want = all_products64(x, w, dy)[0]
   assert y.shape == want.shape and y.dtype == (out or x.dtype) and relative_error(y, want) < limit(y.dtype)
@@ -82,20 +88,51 @@ def test_few_rows_of_a_product_that_names_no_tuning(monkeypatch):
       _hopper.block_matmul_hopper(x, w, **options)
 
 
+def lines_of(w):
+  """(columns, starts, counts, pieces, places, indices, rows) of the lines of a weight's heads that have work."""
+  heads, columns = np.asarray(_plan.plans_of(w).heads), w.grid[1]
+  lines = _plan.head_lines(columns)
+  counters = _plan.head_places(columns) * w.block_shape[1] // _plan.HEAD_STRIP
+  assert heads.dtype == np.int32 and heads.shape[1] == _plan.HEAD_LINE and not heads[lines:].any()
+  assert (heads.shape[0] - lines) * _plan.HEAD_LINE >= counters
+  used = heads[:lines, 0] < columns
+  assert (np.diff(used.astype(int)) <= 0).all() and not heads[:lines][~used, 2].any()
+  heads = heads[:lines][used]
+  assert (np.diff(heads[:, 2]) <= 1).all()  # pieces of a list may differ by one
+  return (*heads[:, : _plan.HEAD_LINE - _plan.HEAD_ROWS].T, heads[:, -_plan.HEAD_ROWS :])
+
+
 @pytest.mark.parametrize("density", [0, 0.8])
 def test_heads(density):
   """A line for every column, longest list first, that says where its blocks are."""
   _, w, _ = case((32, 32), (40, 7), density, 1, extra=3)
-  rows, cols = np.asarray(w.rows), np.asarray(w.cols)
-  heads = np.asarray(_plan.plans_of(w).heads)
-  assert heads.shape == (7, 32) and heads.dtype == np.int32 and sorted(heads[:, 0]) == list(range(7))
-  assert (np.diff(heads[:, 2]) <= 0).all()
-  for column, start, count, *first in heads:
+  all_rows, cols = np.asarray(w.rows), np.asarray(w.cols)
+  columns, starts, counts, pieces, _, _, rows = lines_of(w)
+  assert sorted(columns) == list(range(7)) and (pieces == 1).all()
+  for column, start, count, first in zip(columns, starts, counts, rows, strict=True):
     assert (cols[start : start + count] == column).all() and count == (cols == column).sum()
     known = min(count, _plan.HEAD_ROWS)
-    assert first[:known] == rows[start : start + known].tolist()
+    assert first[:known].tolist() == all_rows[start : start + known].tolist()
   unordered = _plan._plans(w.rows, w.cols, w.grid, w.block_shape, False)
   assert unordered.heads is None
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_heads_of_long_lists(static):
+  """They are cut, their pieces have places of their own, and every block is somebody's."""
+  mask = np.zeros((70, 20), bool)
+  mask[:, 3], mask[:50, 11], mask[::7] = True, True, True
+  _, w, _ = case((32, 64), mask.shape, None, 1, mask=mask, static=static)
+  columns, starts, counts, pieces, places, indices, _ = lines_of(w)
+  slots = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+  assert sorted(slots) == list(range(mask.sum())) and counts.max() <= 32
+  assert (np.asarray(w.cols)[slots] == np.repeat(columns, counts)).all()
+  cut = pieces > 1
+  assert set(columns[cut]) == {3, 11} and pieces[columns == 3].tolist() == [3] * 3
+  assert len(set((places + indices)[cut])) == cut.sum() and (places + pieces)[cut].max() <= _plan.head_places(20)
+  for column in (3, 11):
+    assert indices[columns == column].tolist() == list(range(pieces[columns == column][0]))
+    assert len(set(places[columns == column])) == 1
 
 
 def test_tunings():
@@ -114,7 +151,16 @@ def test_tunings():
           assert w_and_x + aligned(16 * t.stages) + aligned(4 * inbox) < 227 * 1024
           assert t.strip == (64 if min(block) >= 64 else 32)
           assert t.split == (2 if strips <= 132 and w.density > 0.08 else 1)
-  for bad in (dict(strip=16), dict(depth=96), dict(split=3), dict(stages=1), dict(stages=33)):
+          assert t.loaders == (4 if t.strip == 32 and t.stages >= 4 else 1)
+  for bad in (
+    dict(strip=16),
+    dict(depth=96),
+    dict(split=3),
+    dict(stages=1),
+    dict(stages=33),
+    dict(loaders=2),
+    dict(loaders=4, stages=3),
+  ):
     with pytest.raises(ValueError, match="needs"):
       _decode.Tuning(**(dict(strip=64, depth=64, stages=4) | bad))
   x, w, _ = case((32, 64), (2, 2), 1, 8, jnp.bfloat16)

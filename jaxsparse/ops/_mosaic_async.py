@@ -59,6 +59,16 @@ def leader():
   return utils.single_thread_predicate(scope=utils.ThreadSubset.WARPGROUP)
 
 
+def elected():
+  """i1: one thread of each warp, known to the compiler as such."""
+  return utils.single_thread_predicate(scope=utils.ThreadSubset.WARP)
+
+
+def splat(word: _words.Word):
+  """A word as what `inline_mgpu` returns for a scalar."""
+  return fragmented_array.FragmentedArray.splat(word.v, (), is_signed=True)
+
+
 def copy_tile(ctx, source, target, window, row: int, words, index, swizzle: int, slabs: int | None = None) -> None:
   """Begins to copy a window of device memory, filled with zeros outside of `source`; for one thread.
 
@@ -149,6 +159,11 @@ def elements(array):
   word = lambda index: _words.Word(arith.index_cast(_words.i32(), index))
   array.foreach(lambda value, place: found.append((value, tuple(map(word, place)))))
   return found
+
+
+def wgmma_offset(i: int) -> tuple[int, int]:
+  """How many rows and columns an accumulator's i-th entry of a thread lies behind its first one (`elements`)."""
+  return 8 * (i // 2 % 2), 8 * (i // 4) + i % 2
 
 
 def _wgmma():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.arrays import _block_array
+from jaxsparse.ops.block_matmul import _cuts
 
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
@@ -26,7 +27,11 @@ PART = 5  # numbers to a part of a list
 # cut, and twice the mean is too little.
 _CUTS = (3, 4)
 _LEAST = 1536
-HEAD_ROWS = 29  # rows in a line of `Plans.heads`, which so has 128 bytes
+HEAD_LINE, HEAD_ROWS = 32, 26  # words of a line of `Plans.heads`, 128 bytes; rows of blocks in it
+HEAD_STRIP = 32  # outputs that have a counter of their own, at least
+# As _CUTS and _LEAST, for few rows of x. Meeting costs 1 to 2 us, so that lists of _HEAD_WHOLE rows are not cut at all.
+_HEAD_CUTS = (2, 3, 4)
+_HEAD_LEAST, _HEAD_WHOLE = 1024, 1536
 _ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
 
@@ -80,8 +85,11 @@ class Plans(NamedTuple):
     forward: lists of block columns.
     transposed: lists of block rows.
     sampled: lists of block rows in pieces.
-    heads: int32 `[block columns, 32]`, longest list first, for few rows of x: the column, the slot of its first block, how
-      many there are, and the rows of the first of them. None where blocks are not in a `BlockArray`'s order.
+    heads: int32 `[lines, 32]` for few rows of x; None where blocks are not in a `BlockArray`'s order. A line for every
+      piece of a list, longest first: the column (where there is no work, one that does not exist), the slot of the
+      first block, how many there are; in how many pieces the list is cut, the place of the first piece's sums, which
+      piece this is; the rows of its first blocks. Then counters: pieces that have left their sums count there in device
+      memory, and the last one leaves 0 behind.
   """
 
   forward: Plan
@@ -139,7 +147,7 @@ def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
   forward = _plan(xp, live, rows, block_rows, bk, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, bo, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
   sampled = _sampled(xp, live, rows, cols, grid, block_shape, transposed)
-  return Plans(forward, transposed, sampled, _heads(xp, rows, cols, block_cols) if ordered else None)
+  return Plans(forward, transposed, sampled, _heads(xp, rows, cols, grid, block_shape) if ordered else None)
 
 
 def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
@@ -240,29 +248,13 @@ def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) 
 
 def _parts(xp, starts, depth):
   """`Plan.parts`: long lists are cut, so that tiles of one stripe of x run at about the same time."""
-  counts = starts[1:] - starts[:-1]
-  lists = counts.shape[0]
-  room, least = extra_parts(lists), -(-_LEAST // depth)
-  # These numbers are small: quotients in float32 are as good as those of integers, and a third of the operations. But XLA's
-  # on a GPU are off by an ulp, so a half keeps dividends away from multiples of the divisor.
-  as32 = lambda a: a.astype(np.int32)
-  ceil_div, floor_div = lambda a, b: xp.ceil((a - 0.5) / b), lambda a, b: as32(xp.floor((a + 0.5) / b))
-  most = xp.maximum(least, ceil_div(np.array(_CUTS, np.int32) * starts[-1], lists))  # of a part, for each of the cuts
-  pieces = xp.maximum(1, as32(ceil_div(counts, most[:, None])))
-  pieces = pieces[xp.argmax((pieces - 1).sum(1) <= room)]
-  order = xp.argsort(-(counts / pieces), stable=True)
-  pieces, counts, starts = pieces[order], counts[order], starts[:-1][order]
-  ends = xp.cumsum(pieces)
-  part = xp.arange(lists + room)
-  rank = xp.minimum((part[:, None] >= ends).sum(1), lists - 1)
-  pieces, before = pieces[rank], ends[rank] - pieces[rank]
-  of_list = part - before
-  begin, end = (starts[rank] + floor_div(counts[rank] * p, pieces) for p in (of_list, of_list + 1))
-  leaves = of_list < pieces - 1
+  lists = starts.shape[0] - 1
+  part = _cuts.cut(xp, starts, _CUTS, -(-_LEAST // depth), extra_parts(lists))
+  leaves = part.index < part.count - 1
   # Every list before has a last part, which leaves no sums.
-  place = before - rank + xp.where(leaves, of_list, 0)
-  parts = xp.stack([order[rank], begin, end, xp.where(leaves, -1, pieces - 1), place], 1)
-  return as32(xp.concatenate([ends[-1:], parts.reshape(-1)]))
+  place = xp.arange(part.list.shape[0]) - part.index - part.rank + xp.where(leaves, part.index, 0)
+  parts = xp.stack([part.list, part.begin, part.end, xp.where(leaves, -1, part.count - 1), place], 1)
+  return xp.concatenate([part.total[None], parts.reshape(-1)]).astype(np.int32)
 
 
 def _items(xp, plan, minors, piece, wide):
@@ -287,13 +279,32 @@ def _items(xp, plan, minors, piece, wide):
   return xp.stack([of, begin, end], 1)[order].astype(np.int32), ends[-1]
 
 
-def _heads(xp, rows, cols, block_cols):
+def head_places(block_cols: int) -> int:
+  """Pieces, at most, of columns that are cut for few rows of x."""
+  return 2 * -(-block_cols // _HEAD_CUTS[-1])  # a list in n pieces has taken n - 1 of the room
+
+
+def head_lines(block_cols: int) -> int:
+  """Lines of `Plans.heads` that have work, or may have."""
+  return block_cols + head_places(block_cols) // 2
+
+
+def _heads(xp, rows, cols, grid, block_shape):
   """`Plans.heads`."""
+  (_, block_cols), (bk, bo) = grid, block_shape
   counts = _count(xp, block_cols, cols)
-  order = xp.argsort(-counts, stable=True)
-  counts, starts = counts[order], (xp.cumsum(counts) - counts)[order]
-  slots = xp.minimum(starts[:, None] + xp.arange(HEAD_ROWS), rows.shape[0] - 1)
-  return xp.concatenate([xp.stack([order, starts, counts], 1), xp.asarray(rows)[slots]], 1).astype(np.int32)
+  starts = xp.concatenate([xp.zeros(1, np.int32), xp.cumsum(counts)])
+  lines = head_lines(block_cols)
+  piece = _cuts.cut(xp, starts, _HEAD_CUTS, -(-_HEAD_LEAST // bk), lines - block_cols, _HEAD_WHOLE // bk)
+  live = xp.arange(lines) < piece.total
+  place = xp.cumsum(live & (piece.count > 1)) - 1 - piece.index
+  header = piece.list, piece.begin, piece.end - piece.begin, piece.count, place, piece.index
+  nothing = block_cols, 0, 0, 1, 0, 0
+  header = xp.stack([xp.where(live, a, b) for a, b in zip(header, nothing, strict=True)], 1)
+  slots = xp.minimum(header[:, 1:2] + xp.arange(HEAD_ROWS), rows.shape[0] - 1)
+  counters = head_places(block_cols) * (bo // HEAD_STRIP)
+  zeros = xp.zeros((-(-counters // HEAD_LINE), HEAD_LINE), np.int32)
+  return xp.concatenate([xp.concatenate([header, xp.asarray(rows)[slots]], 1), zeros]).astype(np.int32)
 
 
 def _scatter(xp, fill, size, at, values):
