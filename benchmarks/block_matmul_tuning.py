@@ -29,6 +29,7 @@ import report
 
 import jaxsparse as js
 from jaxsparse.ops.block_matmul import _decode
+from jaxsparse.ops.block_matmul import _heads
 from jaxsparse.ops.block_matmul import _hopper
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import arg_specs
@@ -75,7 +76,7 @@ def weight(case, blocks=None) -> js.BlockArray:
   rows, cols = pad(positions.rows, 0), pad(positions.cols, grid[1])
   live = cols < grid[1]
   forward = _plan._plan(np, live, rows, grid[0], bk, *_plan._tiles(np, live, cols, grid[1], rows, grid[0], bo))
-  plans = _plan.Plans(forward, None, None, _plan._heads(np, rows, cols, grid[1]))
+  plans = _plan.Plans(forward, None, None, _heads.make(np, rows, cols, grid, (bk, bo)), None)
   blocks = jax.ShapeDtypeStruct((most, bk, bo), jnp.bfloat16) if blocks is None else blocks
   return js.BlockArray.tree_unflatten(((case["K"], case["O"]), None), (blocks, rows, cols, plans))
 

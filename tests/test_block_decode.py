@@ -20,6 +20,7 @@ from test_block_hopper import spec
 
 import jaxsparse as js
 from jaxsparse.ops.block_matmul import _decode
+from jaxsparse.ops.block_matmul import _heads
 from jaxsparse.ops.block_matmul import _plan
 
 # (strip, depth, stages, split) for the cases of the other kernel; ...
@@ -36,8 +37,13 @@ TUNINGS = {
   "empty row": (64, 64, 2, 2),
   # ... and for a list that its line does not hold, of which a second block of threads has the end.
   "long": (32, 64, 2, 2),
+  # ... and for one that is cut, beside lists that are not, one of them empty.
+  "cut": (32, 128, 2),
 }
-CASES = KERNEL_CASES | {"long": dict(block=(32, 32), grid=(40, 1), density=0.95, batch=11, tuning={})}
+CASES = KERNEL_CASES | {
+  "long": dict(block=(32, 32), grid=(40, 1), density=0.95, batch=11, tuning={}),
+  "cut": dict(block=(32, 32), mask=[[1, 0, 1, 0]] + [[1, 0, 0, 0]] * 49, batch=5, tuning={}, static=True),
+}
 
 
 @needs_pallas
@@ -47,6 +53,7 @@ def test_interpreted(name):
   x, w, dy = kernel_case(options, len(name) % 2 == 0)  # with and without room to spare
   out = jnp.float32 if name in ("128", "32, split", "empty row") else None
   heads, tuning = _plan.plans_of(w).heads, _decode.Tuning(*TUNINGS[name])
+  assert (lines_of(w)[3] > 1).any() == (name == "cut")
   y = interpreted(_decode.block_matmul_decode, x, w, heads, tuning=tuning, out_dtype=out)
   want = all_products64(x, w, dy)[0]
   assert y.shape == want.shape and y.dtype == (out or x.dtype) and relative_error(y, want) < limit(y.dtype)
@@ -82,20 +89,48 @@ def test_few_rows_of_a_product_that_names_no_tuning(monkeypatch):
       _hopper.block_matmul_hopper(x, w, **options)
 
 
+def lines_of(w):
+  """(columns, starts, counts, pieces, places, indices, rows) of the lines of a weight's heads."""
+  heads = np.asarray(_plan.plans_of(w).heads)
+  assert heads.dtype == np.int32 and heads.shape[1] == _heads.LINE
+  assert (np.diff(heads[:, 2]) <= 1).all()  # longest first, but pieces of a list may differ by one
+  return (*heads[:, : _heads.LINE - _heads.ROWS].T, heads[:, -_heads.ROWS :])
+
+
 @pytest.mark.parametrize("density", [0, 0.8])
 def test_heads(density):
   """A line for every column, longest list first, that says where its blocks are."""
   _, w, _ = case((32, 32), (40, 7), density, 1, extra=3)
-  rows, cols = np.asarray(w.rows), np.asarray(w.cols)
-  heads = np.asarray(_plan.plans_of(w).heads)
-  assert heads.shape == (7, 32) and heads.dtype == np.int32 and sorted(heads[:, 0]) == list(range(7))
-  assert (np.diff(heads[:, 2]) <= 0).all()
-  for column, start, count, *first in heads:
+  all_rows, cols = np.asarray(w.rows), np.asarray(w.cols)
+  columns, starts, counts, pieces, _, _, rows = lines_of(w)
+  assert sorted(columns) == list(range(7)) and (pieces == 1).all()
+  for column, start, count, first in zip(columns, starts, counts, rows, strict=True):
     assert (cols[start : start + count] == column).all() and count == (cols == column).sum()
-    known = min(count, _plan.HEAD_ROWS)
-    assert first[:known] == rows[start : start + known].tolist()
+    known = min(count, _heads.ROWS)
+    assert first[:known].tolist() == all_rows[start : start + known].tolist()
   unordered = _plan._plans(w.rows, w.cols, w.grid, w.block_shape, False)
   assert unordered.heads is None
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_heads_of_long_lists(static):
+  """They are cut where positions are known, their pieces have places of their own, and every block is somebody's."""
+  mask = np.zeros((70, 20), bool)
+  mask[:, 3], mask[:50, 11], mask[::7] = True, True, True
+  _, w, _ = case((32, 64), mask.shape, None, 1, mask=mask, static=static)
+  columns, starts, counts, pieces, places, indices, _ = lines_of(w)
+  slots = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+  assert sorted(slots) == list(range(mask.sum()))
+  assert (np.asarray(w.cols)[slots] == np.repeat(columns, counts)).all()
+  cut = pieces > 1
+  if not static:
+    assert not cut.any() and len(columns) == 20
+    return
+  assert set(columns[cut]) == {3, 11} and pieces[columns == 3].tolist() == [3] * 3 and counts.max() <= 32
+  assert len(set((places + indices)[cut])) == cut.sum() and (places + pieces)[cut].max() <= 2 * (len(columns) - 20)
+  for column in (3, 11):
+    assert indices[columns == column].tolist() == list(range(pieces[columns == column][0]))
+    assert len(set(places[columns == column])) == 1
 
 
 def test_tunings():
@@ -114,7 +149,16 @@ def test_tunings():
           assert w_and_x + aligned(16 * t.stages) + aligned(4 * inbox) < 227 * 1024
           assert t.strip == (64 if min(block) >= 64 else 32)
           assert t.split == (2 if strips <= 132 and w.density > 0.08 and columns * 64 // t.strip <= 128 else 1)
-  for bad in (dict(strip=16), dict(depth=96), dict(split=3), dict(stages=1), dict(stages=33)):
+          assert t.loaders == (4 if t.strip == 32 and t.stages >= 4 else 1)
+  for bad in (
+    dict(strip=16),
+    dict(depth=96),
+    dict(split=3),
+    dict(stages=1),
+    dict(stages=33),
+    dict(loaders=2),
+    dict(loaders=4, stages=3),
+  ):
     with pytest.raises(ValueError, match="needs"):
       _decode.Tuning(**(dict(strip=64, depth=64, stages=4) | bad))
   x, w, _ = case((32, 64), (2, 2), 1, 8, jnp.bfloat16)
@@ -131,22 +175,29 @@ MACHINE_CODE = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", MACHINE_CODE)
+@pytest.mark.parametrize("name", [*MACHINE_CODE, "cut, in clusters"])
 def test_machine_code(name, tmp_path, monkeypatch):
   """Reaches sm_90a by way of the product's own function; nothing spills, waits or fences that need not."""
   from jaxsparse.ops.block_matmul import _hopper
 
-  (batch, k, o), block, count, dtype, out_dtype = MACHINE_CODE[name]
   for key, value in (("PTX", "1"), ("PTXAS", "1"), ("TO", str(tmp_path))):
     monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{key}", value)
   f = lambda x, w: _hopper.block_matmul_hopper(x, w, out_dtype=out_dtype)
-  x, w = jax.ShapeDtypeStruct((batch, k), dtype), spec(k, o, block, count, dtype)
+  if "cut" in name:  # one column keeps all of its blocks, as is known while tracing
+    batch, block, dtype, out_dtype = 16, (64, 64), jnp.bfloat16, jnp.float32
+    mask = np.arange(64 * 8).reshape(64, 8) % 8 == 0
+    x, w, _ = case(block, mask.shape, None, batch, dtype, mask=mask, static=True)
+    assert _plan.plans_of(w).heads.shape[0] > 8
+  else:
+    (batch, k, o), block, count, dtype, out_dtype = MACHINE_CODE[name]
+    x, w = jax.ShapeDtypeStruct((batch, k), dtype), spec(k, o, block, count, dtype)
   assert "block_matmul_decode" in ahead_of_time.compile_for_h100(f, x, w).as_text()
   (ptx,) = (path.read_text() for path in tmp_path.glob("*.ptx"))
   (report,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
   kind, columns = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name], -(-batch // 8) * 8
   assert f"wgmma.mma_async.sync.aligned.m64n{columns * (2 if min(block) < 64 else 1)}k16.f32.{kind}.{kind}" in ptx
   assert ("mapa.shared::cluster" in ptx) == ("clusters" in name)
+  assert ("atom.relaxed.gpu.global.add" in ptx) == ("cut" in name)
   assert "fence.proxy.async" not in ptx  # waits for all memory, most of a microsecond
   assert "for 'sm_90a'" in report and "C7510" not in report
   assert int(report.split(" bytes spill stores")[0].split()[-1]) == 0, report

@@ -20,6 +20,7 @@ from jaxsparse.ops import _dispatch
 from jaxsparse.ops import _mosaic_gpu as mg
 from jaxsparse.ops.block_matmul import _decode
 from jaxsparse.ops.block_matmul import _hopper
+from jaxsparse.ops.block_matmul import _narrow
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import preference
 from jaxsparse.ops.block_matmul import tuning
@@ -241,6 +242,8 @@ def test_some_rows_get_what_was_measured_to_be_fastest():
     w = spec(k, o, (size, size), int(density * (k // size) * (o // size)))
     few = tuning.takes_few_rows(batch, o, size, density)
     t = _decode.best_tuning(batch, w) if few else _hopper.tuning_for(batch, w, False)
+    if isinstance(t, _narrow.Tuning):  # a kernel that was not among them
+      continue
     name = f"d{t.split}" if few else f"o{t.tile_b}/{t.split_k}" if t.once else f"p{t.tile_b}"
     lost.append(us[name] / min(us.values()))
     assert lost[-1] < 1.13, (k, o, batch, size, density, name, us)

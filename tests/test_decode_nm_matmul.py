@@ -347,6 +347,7 @@ class TestMachineCode:
     variant = "sp::ordered_metadata" if shape[3:5] == (2, 4) else "sp"
     assert f"mma.{variant}.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32" in ptx
     assert "cp.async.bulk.shared::cluster.global" in ptx
+    assert "fence.proxy.async" not in ptx  # waits for all memory
     assert "for 'sm_90a'" in report and " 0 bytes spill stores" in report.replace("\t", " "), report
 
 

@@ -63,8 +63,8 @@ def leader():
 
 
 def elected():
-  """i1: one thread of the warp."""
-  return nvvm.elect_sync()
+  """i1: one thread of each warp, known to the compiler as such."""
+  return utils.single_thread_predicate(scope=utils.ThreadSubset.WARP)
 
 
 def copy_tile(
@@ -163,6 +163,11 @@ def elements(array):
   word = lambda index: _words.Word(arith.index_cast(_words.i32(), index))
   array.foreach(lambda value, place: found.append((value, tuple(map(word, place)))))
   return found
+
+
+def wgmma_offset(i: int) -> tuple[int, int]:
+  """How many rows and columns an accumulator's i-th entry of a thread lies behind its first one (`elements`)."""
+  return 8 * (i // 2 % 2), 8 * (i // 4) + i % 2
 
 
 def _wgmma():

@@ -1,10 +1,11 @@
 """`x @ w` for few rows of x and block-sparse w, at about the speed of reading the blocks (Hopper, Pallas Mosaic GPU).
 
 A block of threads computes a strip of 32 or 64 outputs of one block column from its whole list of blocks, and several of
-them share a multiprocessor, so that all strips are under way at once: memory is kept busy whoever has the longest list, and
-nobody waits for parts of sums. What bounds such a short kernel is one latency after the other, so there are two: a line
-with everything that a strip must know to begin (`_plan.Plans.heads`), then the blocks and the parts of x themselves.
-Where there are few strips, clusters of two share a list and add up their sums through distributed shared memory.
+them share a multiprocessor, so that all strips are under way at once. What bounds such a short kernel is one latency after
+the other, so there are two: a line with everything that a strip must know to begin (`_heads`), then the blocks and the parts
+of x themselves. A list that is known to be much longer than the others is cut in pieces, which leave their sums in device
+memory; the last one to come there adds them, in their order. Where there are few strips, clusters of two share a list and
+add up their sums through distributed shared memory.
 
 One warpgroup loads, another multiplies. The copy engine fills what lies outside of x and of a list with zeros.
 """
@@ -19,14 +20,17 @@ from jax import lax
 
 from jaxsparse.arrays import _block_array
 from jaxsparse.ops import _mosaic_gpu as mg
-from jaxsparse.ops.block_matmul import _plan
+from jaxsparse.ops.block_matmul import _heads
 
+MAX_BATCH = 64
 _SMS = 132
 _SHARED_BYTES = 228 * 1024  # of a multiprocessor; each block of threads needs so much beside what is counted here:
 _RESERVED_BYTES = 1024 + 1024 + 128  # CUDA's own, barriers, and a static byte that the backend declares
 _REGISTERS = 65536
 _THREADS = 256
+_LOADERS = 4
 _MOST_STAGES = 10
+_FIRST_ROW = _heads.LINE - _heads.ROWS  # in a line
 _WORTH_A_CLUSTER = 0.08  # density; below, meeting costs more than it gains
 
 
@@ -39,6 +43,7 @@ class Tuning:
     depth: rows of w to a pipeline step: 64 or 128.
     stages: pipeline steps in shared memory, at least 2.
     split: blocks of threads that share a list, in a cluster: 1, 2 or 4.
+    loaders: warps that copy, a step each: 1 or 4. Several gain 3 to 7 % where a step has many small copies, and cost 0.1 us.
 
   Raises:
     ValueError: the kernel does not know such values.
@@ -48,17 +53,22 @@ class Tuning:
   depth: int
   stages: int
   split: int = 1
+  loaders: int = 1
 
   def __post_init__(self):
     if self.strip not in (32, 64) or self.depth not in (64, 128) or self.split not in (1, 2, 4):
       raise ValueError(f"{self} needs strip in (32, 64), depth in (64, 128) and split in (1, 2, 4).")
     if not 2 <= self.stages <= 32:
       raise ValueError(f"{self} needs stages in [2, 32].")
+    # A warp that waits for a slot knows only that the one it used before is free. With more warps than slots a slot could
+    # come free twice meanwhile, which looks like never.
+    if self.loaders not in (1, _LOADERS) or self.loaders > self.stages:
+      raise ValueError(f"{self} needs loaders in (1, {_LOADERS}), and no more than stages.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything static about a launch: `[batch, k] @ [k, o]` with room for `capacity` blocks `bk x bo`."""
+  """Everything static about a launch: `[batch, k] @ [k, o]` with room for `capacity` blocks `bk x bo`, in `lines` pieces of lists."""
 
   tuning: Tuning
   batch: int
@@ -67,8 +77,19 @@ class Plan:
   capacity: int
   bk: int
   bo: int
+  lines: int
   dtype: str
   out_dtype: str
+
+  @property
+  def lists(self) -> int:
+    """Block columns."""
+    return self.o // self.bo
+
+  @property
+  def places(self) -> int:
+    """Pieces, at most, of lists that are cut: one in n pieces has n - 1 lines more than lists that are not."""
+    return 2 * (self.lines - self.lists)
 
   @property
   def columns(self) -> int:
@@ -101,21 +122,26 @@ class Plan:
     return self.tuning.stages, self.tuning.depth // self.tuning.strip, self.columns, self.tuning.strip
 
 
-def best_tuning(batch: int, w: _block_array.BlockArray) -> Tuning:
-  """Fills the multiprocessors' shared memory: with as many strips as there are, or as registers allow."""
+def best_tuning(batch: int, w: _block_array.BlockArray, lines: int | None = None) -> Tuning:
+  """Fills the multiprocessors' shared memory: with as many strips as there are, or as registers allow.
+
+  `lines` are pieces of lists; default: as many as there are block columns.
+  """
   strip = 64 if min(w.block_shape) >= 64 else 32
-  strips, columns = w.shape[1] // strip, -(-batch // 8) * 8
+  columns = -(-batch // 8) * 8
+  sums = 64 // strip * columns // 2
   # Beyond 64 rows, sums of strips of 32 would take the room of pipeline steps.
   meet = w.density >= _WORTH_A_CLUSTER and columns * (64 // strip) <= 128
-  split = 2 if strips <= _SMS and meet else 1
-  sums = 64 // strip * columns // 2
-  # What the compiler takes, and a little more.
-  resident = int(_REGISTERS / (_THREADS * (28 + (1.8 if strip == 64 else 1.35) * sums)))
+  split = 2 if w.shape[1] // strip <= _SMS and meet else 1
+  strips = (w.grid[1] if lines is None else lines) * (w.block_shape[1] // strip)
+  # What the compiler takes, and more; of wide strips, fewer at a time with more steps each were faster.
+  resident = int(_REGISTERS / (_THREADS * (28 + 1.8 * sums if strip == 64 else 34 + 1.1 * sums)))
   resident = max(1, min(resident, -(-strips * split // _SMS)))
   room = _SHARED_BYTES // resident - _RESERVED_BYTES - 4 * inbox_words(strip, split, columns)
   step = lambda depth: 2 * depth * (strip + columns)
   depth = 128 if room >= 4 * step(128) else 64
-  return Tuning(strip, depth, max(2, min(_MOST_STAGES, room // step(depth))), split)
+  stages = max(2, min(_MOST_STAGES, room // step(depth)))
+  return Tuning(strip, depth, stages, split, _LOADERS if strip == 32 and stages >= _LOADERS else 1)
 
 
 def inbox_words(strip: int, split: int, columns: int) -> int:
@@ -144,42 +170,51 @@ def block_matmul_decode(
     ValueError: the tuning does not fit the blocks.
   """
   out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-  t = best_tuning(x.shape[0], w) if tuning is None else tuning
+  t = best_tuning(x.shape[0], w, heads.shape[0]) if tuning is None else tuning
   if t.strip > min(w.block_shape):
     raise ValueError(f"{t} has strips that are wider than a side of blocks {w.block_shape[0]}x{w.block_shape[1]}.")
-  # The interpreter knows no clusters: there, what they add up is added here.
-  apart = interpret is not None and t.split > 1
-  stored = jnp.dtype(jnp.float32) if apart else out_dtype
-  plan = Plan(t, x.shape[0], *w.shape, *w.blocks.shape, jnp.dtype(x.dtype).name, stored.name)
-  y = _build(plan, interpret)(x, w.blocks, jnp.asarray(w.rows), jnp.asarray(heads))
-  return y.sum(0).astype(out_dtype) if apart else y
+  dtypes = jnp.dtype(x.dtype).name, out_dtype.name
+  plan = Plan(t, x.shape[0], *w.shape, *w.blocks.shape, heads.shape[0], *dtypes)
+  operands = [x, w.blocks, jnp.asarray(w.rows), jnp.asarray(heads)]
+  if interpret is None:
+    if plan.places:  # counters begin at zero in every call
+      operands.append(jax.new_ref(jnp.zeros((plan.places * plan.strips,), jnp.int32)))
+    return _build(plan, None)(*operands)[0]
+  # The interpreter knows neither clusters nor counters: there, what they add up is added here.
+  (out,) = _build(plan, interpret)(*operands)
+  y = jnp.zeros((plan.lists, *out.shape[2:])).at[heads[:, 0]].add(out.sum(0))
+  return y.swapaxes(0, 1).reshape(plan.batch, plan.o).astype(out_dtype)
 
 
 @functools.lru_cache(256)
 def _build(p: Plan, interpret):
-  """The kernel of a plan: (x, blocks, rows, heads) -> y."""
-  plgpu, t, grid = mg.plgpu, p.tuning, p.o // p.tuning.strip
-  shape, clusters, pipeline = (p.batch, p.o), {}, _Interpreted
+  """The kernel of a plan: (x, blocks, rows, heads, counters) -> (y, sums of pieces); without counters and sums where no list
+  is cut. Interpreted: (x, blocks, rows, heads) -> sums of all parts of all lines, in a tuple."""
+  plgpu, t, grid = mg.plgpu, p.tuning, p.lines * p.strips
+  clusters, pipeline = {}, _Interpreted
+  out = (jax.ShapeDtypeStruct((t.split, p.lines, p.batch, p.bo), jnp.float32),)
   if interpret is None:
     pipeline = importlib.import_module("jaxsparse.ops.block_matmul._decode_device").Pipeline
     clusters = dict(cluster=(t.split,), cluster_names=("part",)) if t.split > 1 else {}
-  elif t.split > 1:
-    shape, grid = (t.split, *shape), grid * t.split
+    sums = jax.ShapeDtypeStruct((p.places, p.strips, t.strip * p.columns), jnp.float32)
+    out = (jax.ShapeDtypeStruct((p.batch, p.o), p.out_dtype), *([sums] if p.places else []))
+  else:
+    grid *= t.split
   transforms = (plgpu.SwizzleTransform(2 * t.strip),)
 
-  def kernel(x_gmem, w_gmem, rows, heads, y_gmem, **scratch):
+  def kernel(x_gmem, w_gmem, rows, heads, *rest, **scratch):
     index, part = lax.axis_index("strip"), 0
     if clusters:
       part = lax.axis_index("part")
     elif t.split > 1:
       index, part = _divmod(index, t.split)
     strip = _Strip(p, index, part, rows, heads)
-    strip.attach(pipeline(p, transforms, x_gmem, w_gmem, y_gmem, **scratch))
+    strip.attach(pipeline(p, transforms, x_gmem, w_gmem, *rest, **scratch))
     mg.split_roles(lax.axis_index("warpgroup"), 1, strip.load, strip.multiply, None)
 
   return plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct(shape, p.out_dtype),
+    out_type=out,
     grid=(grid,),
     grid_names=("strip",),
     **clusters,
@@ -197,15 +232,16 @@ def _build(p: Plan, interpret):
 
 
 class _Strip:
-  """What a block of threads does: a part of the list of a block column, for some of its outputs, by way of `pipe`."""
+  """What a block of threads does: a part of a piece of a list, for some outputs of its column, by way of `pipe`."""
 
   def __init__(self, p: Plan, index, part, rows, heads):
     t = p.tuning
     self.p, self.part, self.rows, self.heads = p, part, rows, heads
     self.line, self.sub = _divmod(index, p.strips)
     # All at once and before anything else, so that barriers begin meanwhile; a part's first rows are known only then.
-    early = min(_plan.HEAD_ROWS, t.stages * t.depth // p.bk + 1) if t.split == 1 else 0
-    self.column, self.start, self.count, *self.first = (heads[self.line, i] for i in range(3 + early))
+    early = min(_heads.ROWS, t.stages * t.depth // p.bk + 1) if t.split == 1 else 0
+    self.column, self.start, self.count = (heads[self.line, i] for i in range(3))
+    self.first = [heads[self.line, _FIRST_ROW + i] for i in range(early)]
 
   def attach(self, pipe):
     """What follows from the line, after the pipeline has begun."""
@@ -219,23 +255,28 @@ class _Strip:
       self.steps = end - self.begin
 
   def load(self):
-    t = self.p.tuning
-    for s in range(t.stages):
-      mg.pl.when(s < self.steps)(lambda s=s: self._copy(s, s, self._early_row))
+    stages, loaders, mine = self.p.tuning.stages, self.pipe.loaders, self.pipe.loader()
+    for s in range(stages):
+      go = s < self.steps if loaders == 1 else jnp.logical_and(s < self.steps, mine == s % loaders)
+      mg.pl.when(go)(lambda s=s: self.pipe.copy(s, self._sources(s, self._early_row), self.within))
+    first = stages if loaders == 1 else stages + lax.rem(mine + (loaders - stages % loaders), jnp.int32(loaders))
+    rounds = lax.div(jnp.maximum(self.steps - first + (loaders - 1), 0), jnp.int32(loaders))
 
-    @functools.partial(lax.fori_loop, t.stages, jnp.maximum(self.steps, t.stages), init_val=())
-    def _(step, _):
+    @functools.partial(lax.fori_loop, 0, rounds, init_val=())
+    def _(i, _):
+      step = first + i * loaders
+      sources = self._sources(step, self._row)  # on their way while this waits
       self.pipe.await_room(step)
-      self._copy(step, lax.rem(step, jnp.int32(t.stages)), self._row)
+      self.pipe.copy(lax.rem(step, jnp.int32(stages)), sources, self.within)
       return ()
 
     self.pipe.finish(self.steps)
 
   def multiply(self):
-    self.pipe.store(self.pipe.multiply(self.steps), self.outputs, self.part)
+    self.pipe.store(self.pipe.multiply(self.steps), self)
 
-  def _copy(self, step, slot, row_of):
-    """Begins to copy a step; `row_of(i)` is the block row of the list's i-th block."""
+  def _sources(self, step, row_of):
+    """(block, row of the block, column of x) of every unit of a step; `row_of(i)` is the block row of the list's i-th block."""
     p, sources = self.p, []
     for i in range(p.units):
       row = (self.begin + step) * p.tuning.depth + i * p.unit  # of the list's blocks, one below the other
@@ -245,7 +286,7 @@ class _Strip:
         there = entry < self.count
         block, k = jnp.where(there, block, p.capacity), jnp.where(there, k, p.k)
       sources.append((block, offset, k))
-    self.pipe.copy(slot, sources, self.within)
+    return sources
 
   def _row(self, entry):
     return self.rows[jnp.minimum(self.start + entry, self.p.capacity - 1)]
@@ -254,8 +295,8 @@ class _Strip:
     """From the line, which is at hand, where it holds it."""
     if isinstance(entry, int):
       return self.first[entry] if entry < len(self.first) else self._row(entry)
-    last = _plan.HEAD_ROWS - 1
-    in_line = lambda: self.heads[self.line, 3 + jnp.minimum(entry, last)]
+    last = _heads.ROWS - 1
+    in_line = lambda: self.heads[self.line, _FIRST_ROW + jnp.minimum(entry, last)]
     return lax.cond(entry <= last, in_line, lambda: self._row(entry))
 
 
@@ -268,9 +309,11 @@ def _divmod(a, b: int):
 class _Interpreted:
   """The pipeline on a CPU; `_decode_device.Pipeline` is what runs on a GPU."""
 
-  def __init__(self, p, transforms, x_gmem, w_gmem, y_gmem, *, x_smem, w_smem, full, empty):
+  loaders = 1  # who share the copies, a step each
+
+  def __init__(self, p, transforms, x_gmem, w_gmem, sums, *, x_smem, w_smem, full, empty):
     del transforms
-    self.p, self.x_gmem, self.w_gmem, self.y_gmem = p, x_gmem, w_gmem, y_gmem
+    self.p, self.x_gmem, self.w_gmem, self.sums = p, x_gmem, w_gmem, sums
     self.x_smem, self.w_smem, self.full, self.empty = x_smem, w_smem, full, empty
 
   @staticmethod
@@ -278,6 +321,10 @@ class _Interpreted:
     """Types of what `__init__` takes beyond operands."""
     barrier = lambda arrivals: mg.plgpu.Barrier(num_arrivals=arrivals, num_barriers=p.tuning.stages)
     return dict(full=barrier(p.units + p.x_shape[1]), empty=barrier(1))
+
+  def loader(self):
+    """Which of the loaders this thread belongs to."""
+    return 0
 
   def copy(self, slot, sources, within):
     """Begins to copy a step.
@@ -321,7 +368,7 @@ class _Interpreted:
 
     return lax.fori_loop(0, steps, body, jnp.zeros((p.tuning.strip, p.columns), jnp.float32))
 
-  def store(self, accumulator, outputs, part):
-    """Stores the sum, from output `outputs` on."""
-    y = self.y_gmem.at[part] if self.p.tuning.split > 1 else self.y_gmem
-    y[:, mg.pl.ds(outputs, self.p.tuning.strip)] = accumulator.T[: self.p.batch].astype(self.p.out_dtype)
+  def store(self, accumulator, strip):
+    """Stores the sum of a `_Strip`, or leaves it to the one that adds the pieces of the list."""
+    y = self.sums.at[strip.part, strip.line]
+    y[:, mg.pl.ds(strip.within, self.p.tuning.strip)] = accumulator.T[: self.p.batch]

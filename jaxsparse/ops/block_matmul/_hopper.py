@@ -116,7 +116,7 @@ def block_matmul_hopper(
     if w.block_shape != (_narrow_plan.SIZE,) * 2:
       raise ValueError(f"{tuning} is for blocks of 32x32; these are {w.block_shape[0]}x{w.block_shape[1]}.")
     options = dict(transposed=transposed, out_dtype=out_dtype, tuning=tuning, interpret=interpret)
-    return _narrow.matmul(x, w.blocks, _narrow_plan.plan_of(w, transposed), outputs, **options)
+    return _narrow.matmul(x, w.blocks, _plan.narrow_of(w, transposed), outputs, **options)
   plan = plans.transposed if transposed else plans.forward
   # The interpreter knows no clusters: there, what they add up is added here.
   apart = interpret is not None and tuning.split_k > 1

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.arrays import _block_array
-from jaxsparse.ops.block_matmul import _plan
+from jaxsparse.ops.block_matmul import _lists
 
 SIZE = 32  # of a block, both sides
 COLUMNS = 8  # block columns of a tile
@@ -50,16 +49,9 @@ def count_of(present):
   return present >> COLUMNS
 
 
-def plan_of(w: _block_array.BlockArray, transposed: bool) -> NarrowPlan:
-  """The plan of one of its products: that of `_plan.plans_of`, which dense weights have, else one derived here."""
-  narrow = _plan.plans_of(w).narrow
-  if narrow is None:
-    narrow = (functools.partial(pair, np) if w.static else _pair)(w.rows, w.cols, w.grid)
-  return narrow[int(transposed)]
-
-
 @functools.partial(jax.jit, static_argnums=2)
-def _pair(rows, cols, grid):
+def traced_pair(rows, cols, grid):
+  """`pair` for positions that are traced, or on a device."""
   return pair(jnp, rows, cols, grid)
 
 
@@ -84,13 +76,13 @@ def make(xp, live, major, majors, minor, minors) -> NarrowPlan:
     minor: `[N]`, block rows; `minors`: how many there are.
   """
   capacity, columns = minor.shape[0], COLUMNS
-  used = _plan._scatter(
+  used = _lists.scatter(
     xp, 0, majors * minors, xp.where(live, major * minors + minor, majors * minors), xp.ones_like(minor)
   )
   used, lists = used.reshape(majors, minors), majors
   list_of, place, level = xp.arange(majors), xp.zeros(majors, np.int32), 1
   while level < columns:
-    mate = _plan._matching(xp, used)
+    mate = _lists.matching(xp, used)
     lower = xp.arange(lists) < mate
     name = xp.cumsum(lower) - 1
     pair = xp.where(lower, name, name[xp.minimum(mate, lists - 1)])
@@ -98,9 +90,9 @@ def make(xp, live, major, majors, minor, minors) -> NarrowPlan:
     list_of = pair[list_of]
     pairs = -(-lists // 2)
     at = xp.where(used > 0, pair[:, None] * minors + xp.arange(minors), pairs * minors)
-    used = _plan._scatter(xp, 0, pairs * minors, at.reshape(-1), xp.ones(at.size, np.int32)).reshape(pairs, minors)
+    used = _lists.scatter(xp, 0, pairs * minors, at.reshape(-1), xp.ones(at.size, np.int32)).reshape(pairs, minors)
     lists, level = pairs, level * 2
-  units = _plan._scatter(xp, -1, lists * columns, list_of * columns + place, xp.arange(majors))
+  units = _lists.scatter(xp, -1, lists * columns, list_of * columns + place, xp.arange(majors))
   units = xp.where(units < 0, majors + xp.arange(lists * columns), units)
 
   major = xp.minimum(major, majors - 1)
@@ -112,9 +104,9 @@ def make(xp, live, major, majors, minor, minors) -> NarrowPlan:
   # Entry of every block; blocks that are none go to one past the end, which is cut off.
   entry = xp.where(live, xp.cumsum(first) - 1, capacity)
   slot_at = xp.where(live, entry * columns + place[by_key], capacity * columns)
-  slots = _plan._scatter(xp, np.int32(capacity), capacity * columns, slot_at, by_key)
-  counts = _plan._count(xp, lists, xp.where(first, key // minors, lists))
-  minors_of = _plan._scatter(xp, np.int32(0), capacity, entry, key % minors)
+  slots = _lists.scatter(xp, np.int32(capacity), capacity * columns, slot_at, by_key)
+  counts = _lists.count(xp, lists, xp.where(first, key // minors, lists))
+  minors_of = _lists.scatter(xp, np.int32(0), capacity, entry, key % minors)
   arrays = (
     minors_of,
     ((slots.reshape(capacity, columns) < capacity) * (2 ** xp.arange(columns) + _ONE)).sum(1),

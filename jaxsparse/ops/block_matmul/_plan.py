@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.arrays import _block_array
+from jaxsparse.ops.block_matmul import _heads
+from jaxsparse.ops.block_matmul import _lists
+from jaxsparse.ops.block_matmul import _narrow_plan
 
 TILE = 128  # of the result, along O (along K in the transposed product)
 UNIT = 64
@@ -30,8 +33,6 @@ HEADER, PART = 3, 6  # numbers before all parts of lists, and to each of them
 _CUTS = (1.5, 2, 3)
 _LEAST = 2560
 _TILE_COST = 192  # what a tile costs beside its steps, in rows of the sum
-HEAD_ROWS = 29  # rows in a line of `Plans.heads`, which so has 128 bytes
-_ROUNDS = 8  # of matching units; each matches about a third of what is left
 _SMS = 132
 
 
@@ -87,8 +88,7 @@ class Plans(NamedTuple):
     forward: lists of block columns.
     transposed: lists of block rows.
     sampled: lists of block rows in pieces.
-    heads: int32 `[block columns, 32]`, longest list first, for few rows of x: the column, the slot of its first block, how
-      many there are, and the rows of the first of them. None where blocks are not in a `BlockArray`'s order.
+    heads: `_heads.make`, for few rows of x. None where blocks are not in a `BlockArray`'s order.
     narrow: `NarrowPlan` of the forward and of the transposed product, where blocks are such that the kernel for many narrow
       blocks may be taken; else None.
   """
@@ -112,6 +112,15 @@ def plans_of(w: _block_array.BlockArray, ordered: bool = True) -> Plans:
   if w.static:
     return _static_plans(w.positions, w.grid, w.block_shape)
   return _plans(w.rows, w.cols, w.grid, w.block_shape, ordered)
+
+
+def narrow_of(w: _block_array.BlockArray, transposed: bool) -> _narrow_plan.NarrowPlan:
+  """The plan of the kernel for narrow blocks, of one of its products: that of `plans_of`, which dense weights have, else new."""
+  narrow = plans_of(w).narrow
+  if narrow is None:
+    pair = functools.partial(_narrow_plan.pair, np) if w.static else _narrow_plan.traced_pair
+    narrow = pair(w.rows, w.cols, w.grid)
+  return narrow[int(transposed)]
 
 
 @functools.lru_cache(64)
@@ -157,11 +166,10 @@ def _make(xp, rows, cols, grid, block_shape, ordered=True) -> Plans:
   forward = _plan(xp, live, rows, block_rows, bk, *_tiles(xp, live, cols, block_cols, rows, block_rows, bo))
   transposed = _plan(xp, live, cols, block_cols, bo, *_tiles(xp, live, rows, block_rows, cols, block_cols, bk))
   sampled = _sampled(xp, live, rows, cols, grid, block_shape, transposed)
-  from jaxsparse.ops.block_matmul import _narrow_plan  # it is made of functions from here
-
   many = block_shape == (_narrow_plan.SIZE,) * 2 and rows.shape[0] >= _narrow_plan.PAYS_FROM * block_rows * block_cols
   narrow = _narrow_plan.pair(xp, rows, cols, grid) if many else None
-  return Plans(forward, transposed, sampled, _heads(xp, rows, cols, block_cols) if ordered else None, narrow)
+  heads = _heads.make(xp, rows, cols, grid, block_shape) if ordered else None
+  return Plans(forward, transposed, sampled, heads, narrow)
 
 
 def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
@@ -175,7 +183,7 @@ def _sampled(xp, live, rows, cols, grid, block_shape, transposed) -> Sampled:
     lists = _plan(xp, live, cols, block_cols, bo, *tiles)
   items, num_items = _items(xp, lists, block_cols, block_shape, height, wide)
   size = live.shape[0]
-  empty = _scatter(xp, 0, size, xp.where(live, size, xp.cumsum(~live) - 1), xp.arange(size))
+  empty = _lists.scatter(xp, 0, size, xp.where(live, size, xp.cumsum(~live) - 1), xp.arange(size))
   counts = xp.stack([num_items, (~live).sum()]).astype(np.int32)
   return Sampled(lists.minor, lists.slots, lists.units, items, empty, counts)
 
@@ -190,51 +198,19 @@ def _tiles(xp, live, major, majors, minor, minors, size):
   own = max(1, UNIT // size)
   units = -(-majors // own)
   unit = xp.where(live, major // own, units)
-  used = _scatter(xp, 0, units * minors, xp.where(live, unit * minors + minor, units * minors), xp.ones_like(minor))
-  mate = _matching(xp, used.reshape(units, minors))
+  used = _lists.scatter(
+    xp, 0, units * minors, xp.where(live, unit * minors + minor, units * minors), xp.ones_like(minor)
+  )
+  mate = _lists.matching(xp, used.reshape(units, minors))
   lists = -(-units // 2)
   # A list is named by the lower of its units.
   lower = xp.arange(units) < mate
   name = xp.cumsum(lower) - 1
   list_of = xp.where(lower, name, name[xp.minimum(mate, units - 1)])
   place = xp.where(lower, 0, 1)
-  members = _scatter(xp, units, 2 * lists, 2 * list_of + place, xp.arange(units))
+  members = _lists.scatter(xp, units, 2 * lists, 2 * list_of + place, xp.arange(units))
   unit = xp.minimum(unit, units - 1)
   return lists, 2 * own, members, list_of[unit], place[unit] * own + major % own
-
-
-def _matching(xp, used):
-  """Pairs of rows of a 0/1 matrix `[n, m]` that have many ones in common: the partner of each row; n: none.
-
-  Whoever is each other's best partner is matched, a few times over, which is what taking the best pair again and again
-  does; what is left is matched as it comes.
-  """
-  n = used.shape[0]
-  index = xp.arange(n, dtype=np.int32)
-  common = xp.asarray(used).astype(np.float32)
-  common = (common @ common.T).astype(np.int32) * 1024
-  # Ties are broken in the same way from both sides.
-  common = common + ((index[:, None] + index) * 619 + index[:, None] * index * 433) % 1024
-  common = xp.where(index[:, None] == index, -1, common)
-
-  def match(_, mate):
-    free = mate == n
-    best = xp.where(free[:, None] & free, common, -1).argmax(1)
-    mutual = free & free[best] & (best[best] == index) & (best != index)
-    return xp.where(mutual, best, mate).astype(np.int32)
-
-  # One round to a program, however many there are: plans are compiled with every program that changes masks.
-  mate = (
-    functools.reduce(lambda mate, i: match(i, mate), range(_ROUNDS), np.full(n, n, np.int32))
-    if xp is np
-    else (jax.lax.fori_loop(0, _ROUNDS, match, jnp.full(n, n, jnp.int32)))
-  )
-  left = mate == n
-  order = xp.argsort(~left, stable=True)
-  rank = xp.cumsum(left) - 1
-  partner = rank ^ 1
-  partner = xp.where(partner < left.sum(), order[xp.minimum(partner, n - 1)], n)
-  return xp.where(left, partner, mate)
 
 
 def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) -> Plan:
@@ -247,9 +223,9 @@ def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) 
   # Entry of every block; blocks that are none go to one past the end, which is cut off.
   entry = xp.where(live, xp.cumsum(first) - 1, capacity)
   slot_at = xp.where(live, entry * shared + place[order], capacity * shared)
-  slots = _scatter(xp, np.int32(capacity), capacity * shared, slot_at, order)
-  minors_of = _scatter(xp, np.int32(0), capacity, entry, key % minors)
-  counts = _count(xp, lists, xp.where(first, key // minors, lists))
+  slots = _lists.scatter(xp, np.int32(capacity), capacity * shared, slot_at, order)
+  minors_of = _lists.scatter(xp, np.int32(0), capacity, entry, key % minors)
+  counts = _lists.count(xp, lists, xp.where(first, key // minors, lists))
   starts = xp.concatenate([xp.zeros(1, np.int32), xp.cumsum(counts).astype(np.int32)])
   as32 = lambda a: xp.asarray(a).astype(np.int32)
   longest = xp.argsort(-counts, stable=True)
@@ -266,32 +242,19 @@ def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) 
 
 def _parts(xp, starts, depth):
   """`Plan.parts`: long lists are cut, so that tiles of one stripe of x run at about the same time."""
-  counts, total = starts[1:] - starts[:-1], starts[-1]
-  lists = counts.shape[0]
-  room, least = extra_parts(lists), -(-_LEAST // depth)
-  # These numbers are small: quotients in float32 are as good as those of integers, and a third of the operations. But XLA's
-  # on a GPU are off by an ulp, so a half keeps dividends away from multiples of the divisor.
-  as32 = lambda a: a.astype(np.int32)
-  ceil_div, floor_div = lambda a, b: xp.ceil((a - 0.5) / b), lambda a, b: as32(xp.floor((a + 0.5) / b))
-  # Of a part, for each of the cuts; in halves, so that these are integers.
-  most = xp.maximum(least, ceil_div(np.array([2 * cut for cut in _CUTS], np.int32) * total, 2 * lists))
-  pieces = xp.maximum(1, as32(ceil_div(counts, most[:, None])))
-  pieces = pieces[xp.argmax((pieces - 1).sum(1) <= room)]
-  order = xp.argsort(-(counts / pieces), stable=True)
-  pieces, counts, starts = pieces[order], counts[order], starts[:-1][order]
-  ends = xp.cumsum(pieces)
-  part = xp.arange(lists + room)
-  rank = xp.minimum((part[:, None] >= ends).sum(1), lists - 1)
-  pieces, before = pieces[rank], ends[rank] - pieces[rank]
-  of_list = part - before
-  begin, end = (starts[rank] + floor_div(counts[rank] * p, pieces) for p in (of_list, of_list + 1))
-  place = before - rank  # all lists before need one place less than they have parts
-  parts = xp.stack([order[rank], begin, end, of_list, pieces, place], 1)
-  heavy = xp.sum((part < ends[-1]) & (2 * lists * counts[rank] > 3 * total * pieces))
+  lists, total = starts.shape[0] - 1, starts[-1]
+  part = _lists.cut(xp, starts, _CUTS, -(-_LEAST // depth), extra_parts(lists))
+  place = (
+    xp.arange(part.list.shape[0]) - part.index - part.rank
+  )  # all lists before need one place less than they have parts
+  parts = xp.stack([part.list, part.begin, part.end, part.index, part.count, place], 1)
+  length = starts[part.list + 1] - starts[part.list]
+  heavy = xp.sum((xp.arange(parts.shape[0]) < part.total) & (2 * lists * length > 3 * total * part.count))
   # So often do all multiprocessors together do all parts, while one of them does the longest.
   tile = _TILE_COST / depth
-  rounds = ceil_div((end[0] - begin[0] + tile) * _SMS, total + tile * ends[-1])
-  return as32(xp.concatenate([xp.stack([ends[-1], heavy, rounds]), parts.reshape(-1)]))
+  rounds = _lists.ceil_div(xp, (part.end[0] - part.begin[0] + tile) * _SMS, total + tile * part.total)
+  header = xp.stack([part.total, heavy, rounds])
+  return xp.concatenate([header, parts.reshape(-1)]).astype(np.int32)
 
 
 def _items(xp, plan, minors, block_shape, height, wide):
@@ -339,27 +302,3 @@ def _pieces(xp, counts, block_shape, height):
   loads = height // UNIT + max(_NARROW, bo / UNIT) * counts.sum() / xp.maximum(number, 1)
   cost = (rounds + xp.where(rest > 0, last, 0)) * xp.maximum(1, _LOAD * loads)
   return xp.where(rest[0] > _SMS // 2, pieces[cost.argmin()], longest)
-
-
-def _heads(xp, rows, cols, block_cols):
-  """`Plans.heads`."""
-  counts = _count(xp, block_cols, cols)
-  order = xp.argsort(-counts, stable=True)
-  counts, starts = counts[order], (xp.cumsum(counts) - counts)[order]
-  slots = xp.minimum(starts[:, None] + xp.arange(HEAD_ROWS), rows.shape[0] - 1)
-  return xp.concatenate([xp.stack([order, starts, counts], 1), xp.asarray(rows)[slots]], 1).astype(np.int32)
-
-
-def _scatter(xp, fill, size, at, values):
-  """An array of `size` with `values` at `at`; what lies at `size` is dropped."""
-  if xp is np:
-    out = np.full(size + 1, fill, np.int32)
-    out[at] = values
-  else:
-    out = jnp.full(size + 1, fill, jnp.int32).at[at].set(values.astype(jnp.int32))
-  return out[:size]
-
-
-def _count(xp, size, of):
-  """How often each of range(size) occurs; int32 `[size]`."""
-  return xp.bincount(of, minlength=size + 1, **({} if xp is np else {"length": size + 1}))[:size].astype(np.int32)

@@ -165,10 +165,11 @@ class _Ring:
     self.barriers = smem + warp * (8 * T.stages)
     self.ring = smem + plan.ring_offset + warp * (T.stages * self.step_bytes)
     self.source, self.mine = source, mine
+    # A "fence.proxy.async" would wait for all memory, up to half a microsecond: nothing but barriers has been written.
     asm(
       "{ .reg .pred p; setp.eq.u32 p, $1, 0;\n"
       + "\n".join(f"@p mbarrier.init.shared::cta.b64 [$0 + {8 * s}], 1;" for s in range(T.stages))
-      + "\nfence.mbarrier_init.release.cluster; fence.proxy.async; bar.warp.sync 0xffffffff; }",
+      + "\nfence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff; }",
       "",
       [self.barriers, lane],
     )
