@@ -247,7 +247,7 @@ def test_some_rows_get_what_was_measured_to_be_fastest():
     name = f"d{t.split}" if few else f"o{t.tile_b}/{t.split_k}" if t.once else f"p{t.tile_b}"
     lost.append(us[name] / min(us.values()))
     assert lost[-1] < 1.13, (k, o, batch, size, density, name, us)
-  assert len(lost) == 180 and np.exp(np.mean(np.log(lost))) < 1.01
+  assert len(lost) >= 170 and np.exp(np.mean(np.log(lost))) < 1.01
 
 
 @needs_pallas

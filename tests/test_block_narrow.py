@@ -18,6 +18,7 @@ import jaxsparse as js
 from jaxsparse.ops.block_matmul import _narrow
 from jaxsparse.ops.block_matmul import _narrow_device
 from jaxsparse.ops.block_matmul import _narrow_plan
+from jaxsparse.ops.block_matmul import _plan
 
 BLOCK = (32, 32)
 # (mask or its shape, density, rows of x, dtype, result, tuning): more tiles than blocks of threads, lists of odd length,
@@ -51,8 +52,8 @@ def test_kernel_interpreted(name, transposed, monkeypatch):
 def test_plan(grid, density):
   """Every block is in one list, where the plan says; lists are sorted, whatever the weight carries."""
   _, w, _ = case(BLOCK, grid, density, 1, extra=0)
-  plans = [_narrow_plan.plan_of(w, transposed) for transposed in (False, True)]
-  jax.tree.map(np.testing.assert_array_equal, plans, [_narrow_plan.plan_of(w.freeze(), t) for t in (False, True)])
+  plans = [_plan.narrow_of(w, transposed) for transposed in (False, True)]
+  jax.tree.map(np.testing.assert_array_equal, plans, [_plan.narrow_of(w.freeze(), t) for t in (False, True)])
   few = w.capacity < _narrow_plan.PAYS_FROM * grid[0] * grid[1]
   assert (js.ops.plan_blocks(w).plan.narrow is None) == few
   rows, cols = np.asarray(w.rows), np.asarray(w.cols)
