@@ -142,10 +142,11 @@ def checks():
       yield f"{size}, many tiles", make(4096, 4096, block, 0.8), 5000, None
       yield f"{size}, many tiles, skewed", make(4096, 4096, block, 0.2, skew=True, extra=9), 5000, None
       yield f"{size}, few rows, many tiles", make(4096, 14336, block, 0.1), 16, None
-      yield f"{size}, few rows, lists that are cut", make(4096, 2048, block, 0.1, skew=True), 17, None
+      yield f"{size}, few rows, lists that are cut", make(8192, 2048, block, 0.1, skew=True), 17, None
   if big:  # the kernel for many narrow blocks
     narrow = make(65 * 32, 66 * 32, (32, 32), 0.3, dtype=jnp.float16, extra=5)
     yield "32x32, many rows, ragged, float16, float32", narrow, 6100, jnp.float32
+    yield "32x32, many rows, ragged B", make(4096, 4096, (32, 32), 0.1), 4100, None
     yield "32x32, many rows, empty", make(4096, 4096, (32, 32), 0.0, extra=8000), 5000, None
 
 

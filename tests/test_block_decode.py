@@ -185,7 +185,7 @@ def test_machine_code(name, tmp_path, monkeypatch):
   f = lambda x, w: _hopper.block_matmul_hopper(x, w, out_dtype=out_dtype)
   if "cut" in name:  # one column keeps all of its blocks, as is known while tracing
     batch, block, dtype, out_dtype = 16, (64, 64), jnp.bfloat16, jnp.float32
-    mask = np.arange(64 * 8).reshape(64, 8) % 8 == 0
+    mask = np.arange(96 * 8).reshape(96, 8) % 8 == 0
     x, w, _ = case(block, mask.shape, None, batch, dtype, mask=mask, static=True)
     assert _plan.plans_of(w).heads.shape[0] > 8
   else:

@@ -260,6 +260,11 @@ def test_lists_that_are_known_to_be_uneven_get_tiles_from_a_counter():
     )
     assert _hopper.tuning_for(200, w, False).once == once
     assert _hopper.tuning_for(200, w.thaw(), False).once
+  for skewed in (False, True):
+    mask = np.arange(64 * 16).reshape(64, 16) % (16 if skewed else 15) == 0
+    _, w, _ = case((32, 32), mask.shape, 1, 1, jnp.bfloat16, mask=mask, static=True)
+    assert isinstance(_hopper.tuning_for(30_000, w, False), _narrow.Tuning) != skewed
+    assert isinstance(_hopper.tuning_for(30_000, w.thaw(), False), _narrow.Tuning)
 
 
 def test_tunings():

@@ -428,6 +428,12 @@ def wgmma(accumulator, a, b, *, a_transposed: bool, b_transposed: bool, swizzle:
   return _fragments.optimization_barrier(result._value).to_layout(_fragments.WGMMA_LAYOUT)
 
 
+def store_rows(value, ref, swizzle: int):
+  """Stores an accumulator's `[rows, columns]` to shared memory `[rows, columns]`, in rows of `swizzle` bytes."""
+  tiles = _utils.memref_unsqueeze(_utils.memref_unfold(ref, 0, (None, 8)), 1)
+  value.store_tiled(tiles, swizzle)
+
+
 def fetch_add(counter, place, predicate, cluster: int = 1):
   """One thread adds 1 to an i32 in device memory and stores what was there before to shared memory; nobody waits for it.
 

@@ -96,11 +96,15 @@ class Launch:
   def w_transforms(self):
     return (mg.plgpu.SwizzleTransform(mg.SWIZZLE_BYTES),)
 
+  @property
+  def out_transforms(self):
+    # Rows alone: tiles of 8 rows, which Pallas' own stores need, it would ask of B too.
+    return (mg.plgpu.SwizzleTransform(self.size * self.out_dtype.itemsize),)
+
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers of a block of threads."""
     plgpu, stages = mg.plgpu, self.stages
-    out_row = min(self.size, mg.SWIZZLE_BYTES // self.out_dtype.itemsize)
-    out_transforms = (plgpu.TilingTransform((8, out_row)), plgpu.SwizzleTransform(out_row * self.out_dtype.itemsize))
+    out_transforms = self.out_transforms
     out_slots = _STAGING_BYTES // (ROWS * self.size * self.out_dtype.itemsize)
     if self.interpret is None:
       barriers = dict(words=plgpu.SMEM((device.words_of_ring(stages),), jnp.int32))
@@ -303,7 +307,10 @@ class Body(_tile_queue.Queue):
       staged = staging.at[self.warpgroup, j % slots]
       y = accumulator[:, j * launch.size : (j + 1) * launch.size].astype(launch.out_dtype)
       plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-      staged[...] = y
+      if self.real:
+        device.stage(launch)(y, staged)
+      else:
+        staged[...] = y
       plgpu.commit_smem()
       column = self.refs["units"][at.which * launch.columns + j]
       rows, columns = pl.ds(at.b + self.warpgroup * ROWS, ROWS), pl.ds(column * launch.size, launch.size)

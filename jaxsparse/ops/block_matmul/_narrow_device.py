@@ -189,6 +189,16 @@ def multiply_steps(launch):
   )(run)
 
 
+def stage(launch):
+  """`(y, staged)`: stores results of a block column, `[64, 32]`, to swizzled rows in shared memory."""
+  plgpu, row = mg.plgpu, launch.size * launch.out_dtype.itemsize
+
+  def run(_, y, staged):
+    mg.store_rows(y, staged, row)
+
+  return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(launch.out_transforms)))(run)
+
+
 def _steps(launch, sums, slot, parity, inputs):
   """PTX of `multiply_steps`: the loop over steps.
 
