@@ -47,6 +47,7 @@ import tqdm
 
 import jaxsparse as js
 from jaxsparse.arrays import _block_positions
+from jaxsparse.ops.block_matmul import _narrow
 from jaxsparse.ops.block_matmul import _plan
 from jaxsparse.ops.block_matmul import arg_specs
 from jaxsparse.ops.block_matmul import preference
@@ -268,6 +269,9 @@ def bound(case, w) -> tuple[float, str]:
     pieces = sampled.items[: sampled.counts[0]]
     columns = int((pieces[:, 2] - pieces[:, 1]).sum()) * bo
     needed["L2"] = 2 * batch * high * (len(pieces) * _plan.sampled_height(w.grid, w.block_shape, w.density) + columns)
+  elif _narrow.pays(batch, case["O"] if case["product"] == "fwd" else case["K"], (bk, bo), w.density):
+    columns = int(plans.narrow[case["product"] == "dx"].starts[-1]) * depth
+    needed["L2"] = 2 * (batch * columns + -(-batch // _narrow.TILE_B) * kept)
   else:
     # Two tiles of 256 rows may share what they load of w.
     columns = int(plan.starts[-1]) * max(1, size // _plan.TILE) * depth
