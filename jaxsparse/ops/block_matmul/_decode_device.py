@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxsparse.ops import _mosaic_async as async_ops
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops import _mosaic_meeting as meeting
 from jaxsparse.ops import _words
 from jaxsparse.ops._words import arith
 from jaxsparse.ops._words import asm
@@ -165,8 +166,8 @@ class Pipeline:
       return
     pieces = piece[1]
     _when([pieces.compare("eq", 1), only_first, root], lambda: store(sums_here()))
-    meeting = _Meeting(p, results[0], results[2], mg.shared_address(inbox), piece, thread, threads)
-    _when([pieces.compare("ne", 1), root], lambda: meeting.run(only_first, sums_here, store))
+    pieces_meet = _Meeting(p, results[0], results[2], mg.shared_address(inbox), piece, thread, threads)
+    _when([pieces.compare("ne", 1), root], lambda: pieces_meet.run(only_first, sums_here, store))
 
 
 class _Meeting:
@@ -186,7 +187,7 @@ class _Meeting:
     def leave():
       totals = sums_here()
       for i in range(0, self.values, 4):
-        mg.store_global_f32x4(self._address(self.index), 4 * i * self.threads, totals[i : i + 4])
+        meeting.store_global_f32x4(self._address(self.index), 4 * i * self.threads, totals[i : i + 4])
 
     _when([predicate], leave)
     mg.warpgroup_barrier()
@@ -220,7 +221,7 @@ class _Meeting:
       for j in range(_PIECES_AT_ONCE):
         piece = i * _PIECES_AT_ONCE + j
         address = self._address(piece.min(self.pieces - 1))
-        fours = [mg.load_global_f32x4(address, 4 * k * self.threads) for k in range(begin, end, 4)]
+        fours = [meeting.load_global_f32x4(address, 4 * k * self.threads) for k in range(begin, end, 4)]
         loaded.append((piece, [value for four in fours for value in four]))
       for piece, values in loaded:
         there = (piece - self.pieces).compare("lt", 0)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops import _mosaic_meeting as meeting
 from jaxsparse.ops.nm_matmul import _hopper_device as nm_device
 
 ROWS = 64  # outputs of a warpgroup: what one wgmma covers
@@ -16,7 +17,7 @@ def fetch(cluster):
   thread = 0 if cluster > 1 else 32
 
   def take(_, counter, place):
-    mg.fetch_add(mg.global_address(counter), mg.shared_address(place), mg.is_thread(thread), cluster)
+    meeting.fetch_add(mg.global_address(counter), mg.shared_address(place), mg.is_thread(thread), cluster)
 
   return mg.plgpu.inline_mgpu(arg_types=(mg.plgpu.RefType(), mg.plgpu.RefType()))(take)
 
@@ -76,17 +77,17 @@ def exchange(tile_b, split, transforms):
     scaled = lambda a, factor: mg.arith.muli(a, mg.const32(factor))
     base = mg.arith.addi(mg.shared_address(inbox), scaled(warpgroup, split * bytes_of_share))
     base = mg.arith.addi(base, scaled(thread, 16))
-    place = mg.arith.addi(base, scaled(mg.cluster_rank(), bytes_of_share))
-    mg.cluster_barrier()  # from here on, nobody's tensor cores read what sums are sent to
+    place = mg.arith.addi(base, scaled(meeting.cluster_rank(), bytes_of_share))
+    meeting.cluster_barrier()  # from here on, nobody's tensor cores read what sums are sent to
     registers = list(accumulator.registers.flat)
     for member in range(split):
       mine = registers[member * 2 * fours : (member + 1) * 2 * fours]
       values = [mg.extract(register, i) for register in mine for i in range(2)]
-      mg.send_f32x4(place, member, values, 16 * mg.WARPGROUP)
-    mg.cluster_barrier()
+      meeting.send_f32x4(place, member, values, 16 * mg.WARPGROUP)
+    meeting.cluster_barrier()
     sums = None
     for sender in range(split):
-      values = mg.load_shared_f32x4(base, sender * bytes_of_share, fours, 16 * mg.WARPGROUP)
+      values = meeting.load_shared_f32x4(base, sender * bytes_of_share, fours, 16 * mg.WARPGROUP)
       sums = values if sums is None else [mg.arith.addf(a, b) for a, b in zip(sums, values, strict=True)]
     return mg.accumulator(sums, (ROWS, share))
 
@@ -109,7 +110,7 @@ def comes_second():
   plgpu = mg.plgpu
 
   def come(_, flag, turn):
-    second = mg.comes_second(mg.global_address(flag), turn.registers.item())
+    second = meeting.comes_second(mg.global_address(flag), turn.registers.item())
     return turn.splat(second, (), turn.layout, is_signed=True)
 
   scalar = plgpu.Layout.WG_SPLAT(())
@@ -134,8 +135,8 @@ def add_sums(tile_b):
   plgpu = mg.plgpu
 
   def add(_, accumulator, flag, written, sums):
-    mg.await_signal(mg.global_address(flag), written.registers.item())
-    accumulator = mg.add_from_global(accumulator, nm_device.sums_address(sums), _AT_ONCE)
+    meeting.await_signal(mg.global_address(flag), written.registers.item())
+    accumulator = meeting.add_from_global(accumulator, nm_device.sums_address(sums), _AT_ONCE)
     _signal(flag)
     return accumulator
 
@@ -147,4 +148,4 @@ def add_sums(tile_b):
 
 def _signal(flag):
   mg.warpgroup_barrier()  # all threads have written, or read
-  mg.signal(mg.global_address(flag), mg.is_thread(0))
+  meeting.signal(mg.global_address(flag), mg.is_thread(0))

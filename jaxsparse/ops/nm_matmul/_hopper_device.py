@@ -6,6 +6,7 @@ Each function returns an `inline_mgpu` callable for a kernel body; refs and arra
 import jax.numpy as jnp
 
 from jaxsparse.ops import _mosaic_gpu as mg
+from jaxsparse.ops import _mosaic_meeting as meeting
 from jaxsparse.ops.nm_matmul._hopper_layout import ALIGNMENT, CHUNK
 
 INSTRUCTION_ROWS = 64  # outputs that one wgmma covers
@@ -155,7 +156,7 @@ def write_sums(sums, ref):
   address = sums_address(ref)
   for i in range(0, len(registers), 2):
     four = [mg.extract(registers[i + j // 2], j % 2) for j in range(4)]
-    mg.store_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP, four)
+    meeting.store_global_f32x4(address, i // 2 * 16 * mg.WARPGROUP, four)
 
 
 def receive_sums(shape):
@@ -166,7 +167,7 @@ def receive_sums(shape):
   def receive(_, ref):
     address = sums_address(ref)
     count = shape[0] * shape[1] // mg.WARPGROUP
-    sums = [mg.load_global_f32x4(address, i * 16 * mg.WARPGROUP) for i in range(count // 4)]
+    sums = [meeting.load_global_f32x4(address, i * 16 * mg.WARPGROUP) for i in range(count // 4)]
     return mg.accumulator([value for four in sums for value in four], shape)
 
   return plgpu.inline_mgpu(
