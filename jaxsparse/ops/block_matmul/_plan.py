@@ -244,9 +244,8 @@ def _parts(xp, starts, depth):
   """`Plan.parts`: long lists are cut, so that tiles of one stripe of x run at about the same time."""
   lists, total = starts.shape[0] - 1, starts[-1]
   part = _lists.cut(xp, starts, _CUTS, -(-_LEAST // depth), extra_parts(lists))
-  place = (
-    xp.arange(part.list.shape[0]) - part.index - part.rank
-  )  # all lists before need one place less than they have parts
+  # All lists before need one place less than they have parts.
+  place = xp.arange(part.list.shape[0]) - part.index - part.rank
   parts = xp.stack([part.list, part.begin, part.end, part.index, part.count, place], 1)
   length = starts[part.list + 1] - starts[part.list]
   heavy = xp.sum((xp.arange(parts.shape[0]) < part.total) & (2 * lists * length > 3 * total * part.count))
