@@ -127,7 +127,8 @@ def test_a_toy_run_leaves_metrics_a_checkpoint_and_a_report(tmp_path, name, spar
   rows = metrics.read_rows(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in rows] == list(range(4, 25, 4))
   assert out["test_accuracy"] == rows[-1]["test_accuracy"]
-  assert rows[-1]["sparsity/_total_sparsity"] == out["sparsity"]
+  # One of them is computed in a compiled function: XLA may round a mean elsewhere.
+  assert rows[-1]["sparsity/_total_sparsity"] == pytest.approx(out["sparsity"], rel=1e-6)
   assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + len(rows)
   assert json.loads((tmp_path / "report.json").read_text()) == out
   assert "sparsity_per_layer.png" in (tmp_path / "report.md").read_text()
