@@ -2,11 +2,8 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
+import four_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,11 +142,7 @@ for op, w in [*ops, (js.ops.fan_in_matmul, fan), (masked, dense)]:
 
 def test_sharded():
   """Rows of x split over four devices by shard_map: gradients of the replicated weight are their sum."""
-  root = pathlib.Path(__file__).parents[1]
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-  env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-  done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  four_devices.run(SHARDED)
 
 
 def test_strict_promotion():

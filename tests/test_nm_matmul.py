@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import four_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,11 +245,7 @@ assert y.sharding.spec == P(None, "o") and placed.to_dense().sharding.spec == P(
 
 def test_sharded():
   """Split along O over four devices: by shard_map, gradients included, and by the compiler."""
-  root = pathlib.Path(__file__).parents[1]
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-  env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-  done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  four_devices.run(SHARDED)
 
 
 # -- Which one runs ----------------------------------------------------------------------------------------------------

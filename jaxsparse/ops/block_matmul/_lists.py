@@ -62,6 +62,33 @@ def matching(xp, used):
   return xp.where(left, partner, mate)
 
 
+def group(xp, live, minor, minors, lists, shared, list_of, place):
+  """Blocks as lists of entries: an entry is a block row that one of the `shared` block columns of the list has.
+
+  Args:
+    xp: NumPy, or jax.numpy.
+    live: `[N]`, which of the blocks there are.
+    minor: `[N]`, what is summed over; `minors`: how many there are.
+    lists: how many.
+    shared: S, block columns of a list.
+    list_of, place: `[N]`, of every block its list and its place among the block columns of that.
+
+  Returns:
+    The minor of every entry, `[N]`; the blocks of every entry, `[N * S]`, N where there is none; entries of every list.
+  """
+  capacity = minor.shape[0]
+  key = xp.where(live, list_of * minors + minor, lists * minors).astype(np.int32)
+  order = xp.argsort(key, stable=True)
+  key, live = key[order], live[order]
+  first = xp.concatenate([live[:1], (key[1:] != key[:-1]) & live[1:]])
+  # Entry of every block; blocks that are none go to one past the end, which is cut off.
+  entry = xp.where(live, xp.cumsum(first) - 1, capacity)
+  slot_at = xp.where(live, entry * shared + place[order], capacity * shared)
+  slots = scatter(xp, np.int32(capacity), capacity * shared, slot_at, order)
+  minors_of = scatter(xp, np.int32(0), capacity, entry, key % minors)
+  return minors_of, slots, count(xp, lists, xp.where(first, key // minors, lists))
+
+
 def ceil_div(xp, a, b):
   """The quotient of small integers, rounded up; float32.
 

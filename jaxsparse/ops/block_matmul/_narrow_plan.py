@@ -96,17 +96,8 @@ def make(xp, live, major, majors, minor, minors) -> NarrowPlan:
   units = xp.where(units < 0, majors + xp.arange(lists * columns), units)
 
   major = xp.minimum(major, majors - 1)
-  of, place = list_of[major], place[major]
-  key = xp.where(live, of * minors + minor, lists * minors).astype(np.int32)
-  by_key = xp.argsort(key, stable=True)
-  key, live = key[by_key], live[by_key]
-  first = xp.concatenate([live[:1], (key[1:] != key[:-1]) & live[1:]])
-  # Entry of every block; blocks that are none go to one past the end, which is cut off.
-  entry = xp.where(live, xp.cumsum(first) - 1, capacity)
-  slot_at = xp.where(live, entry * columns + place[by_key], capacity * columns)
-  slots = _lists.scatter(xp, np.int32(capacity), capacity * columns, slot_at, by_key)
-  counts = _lists.count(xp, lists, xp.where(first, key // minors, lists))
-  minors_of = _lists.scatter(xp, np.int32(0), capacity, entry, key % minors)
+  of_block, place = list_of[major], place[major]
+  minors_of, slots, counts = _lists.group(xp, live, minor, minors, lists, columns, of_block, place)
   arrays = (
     minors_of,
     ((slots.reshape(capacity, columns) < capacity) * (2 ** xp.arange(columns) + _ONE)).sum(1),

@@ -215,17 +215,7 @@ def _tiles(xp, live, major, majors, minor, minors, size):
 
 def _plan(xp, live, minor, minors, depth, lists, shared, units, list_of, place) -> Plan:
   """The plan of lists of `shared` block columns each, of blocks of `depth`, in NumPy or JAX."""
-  capacity = minor.shape[0]
-  key = xp.where(live, list_of * minors + minor, lists * minors).astype(np.int32)
-  order = xp.argsort(key, stable=True)
-  key, live = key[order], live[order]
-  first = xp.concatenate([live[:1], (key[1:] != key[:-1]) & live[1:]])
-  # Entry of every block; blocks that are none go to one past the end, which is cut off.
-  entry = xp.where(live, xp.cumsum(first) - 1, capacity)
-  slot_at = xp.where(live, entry * shared + place[order], capacity * shared)
-  slots = _lists.scatter(xp, np.int32(capacity), capacity * shared, slot_at, order)
-  minors_of = _lists.scatter(xp, np.int32(0), capacity, entry, key % minors)
-  counts = _lists.count(xp, lists, xp.where(first, key // minors, lists))
+  minors_of, slots, counts = _lists.group(xp, live, minor, minors, lists, shared, list_of, place)
   starts = xp.concatenate([xp.zeros(1, np.int32), xp.cumsum(counts).astype(np.int32)])
   as32 = lambda a: xp.asarray(a).astype(np.int32)
   longest = xp.argsort(-counts, stable=True)
